@@ -6,7 +6,7 @@
 __all__ = ['MAP_WEIGHTS', 'ABLATIONS', 'resize_map', 'region_consistency_map', 'image_consistency_map', 'map_weight',
            'regularized_entropy', 'regularized_image', 'Ablation', 'AlignmentSettings', 'Flow', 'CoRegularizedAL']
 
-# %% ../nbs/06_co_regularized_al.ipynb #c41315db
+# %% ../nbs/06_co_regularized_al.ipynb #f3e5d62f
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,7 @@ from .image_al import domain_loss, image_alignment_map
 from .networks import DomainClassifier, RegionClassifier, frozen, resize
 from .region_al import entropy_loss, region_entropy_map, region_logits, region_loss
 
-# %% ../nbs/06_co_regularized_al.ipynb #99bc6181
+# %% ../nbs/06_co_regularized_al.ipynb #d16b6c0a
 def resize_map(maps: Tensor,  # (B, u, v)
                grid: tuple,  # (I, J)
                ) -> Tensor:  # (B, I, J)
@@ -35,7 +35,7 @@ def image_consistency_map(target_logits: Tensor,  # (B, 1, U, V) from C_image
     "M_image (ILCM) of Eq. 7: 1 - log C(E(x_t))."
     return 1 + image_alignment_map(target_logits).detach()
 
-# %% ../nbs/06_co_regularized_al.ipynb #74ccd33b
+# %% ../nbs/06_co_regularized_al.ipynb #84903de2
 MAP_WEIGHTS = ("raw", "normalised", "shuffled")
 
 
@@ -53,7 +53,7 @@ def map_weight(maps: Tensor,  # (B, I, J), detached
     order = torch.rand(maps.flatten(1).shape, device=maps.device).argsort(1)
     return maps.flatten(1).gather(1, order).view_as(maps)
 
-# %% ../nbs/06_co_regularized_al.ipynb #63f00c92
+# %% ../nbs/06_co_regularized_al.ipynb #3709b538
 def regularized_entropy(maps: list,  # per level (B, I, J), from `region_entropy_map`
                         image_map: Tensor | None,  # M_image (B, 3, 3), or None for Eq. 4
                         variant: str = "raw") -> Tensor:  # scalar
@@ -71,7 +71,7 @@ def regularized_image(alignment: Tensor,  # -log C(E(x_t)) (B, 3, 3), from `imag
         return alignment.mean()
     return (resize_map(alignment, region_map.shape[-2:]) * map_weight(region_map, variant)).mean()
 
-# %% ../nbs/06_co_regularized_al.ipynb #b8745c78
+# %% ../nbs/06_co_regularized_al.ipynb #5fc05864
 @dataclass(frozen=True)
 class Ablation:
     "A row of Table 1: which terms of Eq. 10 reach E."
@@ -98,7 +98,7 @@ ABLATIONS = {
     "cr_al": Ablation(region=True, entropy="regularized", image="regularized"),
 }
 
-# %% ../nbs/06_co_regularized_al.ipynb #be91b77c
+# %% ../nbs/06_co_regularized_al.ipynb #c0e45e97
 @dataclass(frozen=True)
 class AlignmentSettings:
     "Weights and readings of Eq. 10."
@@ -118,10 +118,8 @@ class Flow:
     grids: list  # per level (I, J), finest first
     regions: list | None = None  # source only: per level int64 (B, I, J), 255 = none
 
-# %% ../nbs/06_co_regularized_al.ipynb #31d91490
-class CoRegularizedAL(nn.Module):
-    "C_region (three levels), C_image and the terms that they add to L_seg: Eq. 3 to 10 with the switches of Table 1."
-
+# %% ../nbs/06_co_regularized_al.ipynb #32442e23
+class _Classifiers(nn.Module):
     def __init__(self, ablation: Ablation,
                  channels: int,  # of E's features
                  n_relations: tuple,  # N of each region level
@@ -140,15 +138,31 @@ class CoRegularizedAL(nn.Module):
     def critics(self) -> list:  # modules that the critic's optimiser owns; all others go with E
         return [self.domain_classifier] if self.ablation.needs_critic else []
 
-    @torch.no_grad()
-    def maps(self, target: Flow,
-             lambda_r: float = 0.0) -> tuple:  # M_region (B, I, J) and M_image (B, 3, 3)
-        "The consistency maps of Eq. 7; lambda_r = 0 (the end of training) gives plain entropy."
-        if not (self.ablation.needs_regions and self.ablation.needs_critic):
-            raise ValueError("consistency maps need both C_region and C_image; align with 'cr_al' first")
-        logits = region_logits(self.region_classifiers, target.features, target.grids)
-        region = region_consistency_map([region_entropy_map(level, lambda_r) for level in logits])
-        return region, image_consistency_map(self.domain_classifier(target.features))
+# %% ../nbs/06_co_regularized_al.ipynb #e28f9c4f
+def _region_side(al, target, lambda_r):
+    "Entropy maps a level (with gradient, reversed, where L_ent is played) and M_region; None where not needed."
+    a = al.ablation
+    if a.entropy == "none" and a.image != "regularized":
+        return None, None
+    with torch.set_grad_enabled(torch.is_grad_enabled() and a.entropy != "none"):
+        logits = region_logits(al.region_classifiers, target.features, target.grids, reverse=True)
+        maps = [region_entropy_map(level, lambda_r, al.settings.reading) for level in logits]
+    soft = maps if al.settings.reading == "entropy" else [region_entropy_map(level, lambda_r) for level in logits]
+    return maps, region_consistency_map(soft)
+
+
+def _image_side(al, target):
+    "-log C on the target (with gradient to E where L_image is played; C_image stays as it is) and M_image."
+    a = al.ablation
+    if not a.needs_critic:
+        return None, None
+    with torch.set_grad_enabled(torch.is_grad_enabled() and a.image != "none"), frozen(al.domain_classifier):
+        logits = al.domain_classifier(target.features)
+        return image_alignment_map(logits), image_consistency_map(logits)
+
+# %% ../nbs/06_co_regularized_al.ipynb #dd11d7b7
+class CoRegularizedAL(_Classifiers):
+    "C_region (three levels), C_image and the terms that they add to L_seg: Eq. 3 to 10 with the switches of Table 1."
 
     def losses(self, source: Flow, target: Flow,
                lambda_r: float,  # of Eq. 4, from `adaptive_weight`
@@ -156,8 +170,8 @@ class CoRegularizedAL(nn.Module):
                ) -> dict:  # named scalar terms to add to L_seg; names under "health/" are to be logged, not added
         "What Eq. 10 adds to L_seg: Eq. 3, 4 or 8, and 6 or 9, weighted, with the signs that the reversal needs."
         terms, s, a = {}, self.settings, self.ablation
-        entropy_maps, region_map = self._regions(target, lambda_r)
-        alignment, image_map = self._images(target)
+        entropy_maps, region_map = _region_side(self, target, lambda_r)
+        alignment, image_map = _image_side(self, target)
         if a.needs_regions:
             features = source.features if a.region else source.features.detach()
             logits = region_logits(self.region_classifiers, features, source.grids)
@@ -170,29 +184,19 @@ class CoRegularizedAL(nn.Module):
             terms["image"] = ramp * s.lambda_image * regularized_image(alignment, weight, s.map_weights)
         return terms
 
-    def _regions(self, target, lambda_r):
-        "Entropy maps a level (with gradient, reversed, where L_ent is played) and M_region; None where not needed."
-        a = self.ablation
-        if a.entropy == "none" and a.image != "regularized":
-            return None, None
-        with torch.set_grad_enabled(torch.is_grad_enabled() and a.entropy != "none"):
-            logits = region_logits(self.region_classifiers, target.features, target.grids, reverse=True)
-            maps = [region_entropy_map(level, lambda_r, self.settings.reading) for level in logits]
-        soft = maps if self.settings.reading == "entropy" else [region_entropy_map(level, lambda_r) for level in logits]
-        return maps, region_consistency_map(soft)
-
-    def _images(self, target):
-        "-log C on the target (with gradient to E where L_image is played; C_image stays as it is) and M_image."
-        a = self.ablation
-        if not a.needs_critic:
-            return None, None
-        with torch.set_grad_enabled(torch.is_grad_enabled() and a.image != "none"), frozen(self.domain_classifier):
-            logits = self.domain_classifier(target.features)
-            return image_alignment_map(logits), image_consistency_map(logits)
-
     def critic_losses(self, source: Flow, target: Flow) -> dict:  # {} where the row has no C_image
         "C_image's side of Eq. 6, on features that are detached here."
         if not self.ablation.needs_critic:
             return {}
         told = [self.domain_classifier(flow.features.detach()) for flow in (source, target)]
         return {"critic": domain_loss(*told), "health/target_log_c": image_alignment_map(told[1].detach()).mean()}
+
+    @torch.no_grad()
+    def maps(self, target: Flow,
+             lambda_r: float = 0.0) -> tuple:  # M_region (B, I, J) and M_image (B, 3, 3)
+        "The consistency maps of Eq. 7; lambda_r = 0 (the end of training) gives plain entropy."
+        if not (self.ablation.needs_regions and self.ablation.needs_critic):
+            raise ValueError("consistency maps need both C_region and C_image; align with 'cr_al' first")
+        logits = region_logits(self.region_classifiers, target.features, target.grids)
+        region = region_consistency_map([region_entropy_map(level, lambda_r) for level in logits])
+        return region, image_consistency_map(self.domain_classifier(target.features))

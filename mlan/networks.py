@@ -7,15 +7,16 @@ __all__ = ['IMAGENET', 'CAFFE', 'BACKBONES', 'reverse_gradient', 'AtrousClassifi
            'resize', 'Normalise', 'SmallExtractor', 'ResNetExtractor', 'VGGExtractor', 'build_extractor',
            'load_backbone', 'Segmenter', 'segmentation_loss', 'frozen', 'freeze_batch_norm']
 
-# %% ../nbs/03_networks.ipynb #56445ce0
+# %% ../nbs/03_networks.ipynb #90b700a1
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 import torchvision
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-# %% ../nbs/03_networks.ipynb #48803460
+# %% ../nbs/03_networks.ipynb #8e7b380a
 class _Reversal(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, scale):
@@ -33,7 +34,7 @@ def reverse_gradient(x: Tensor,  # any shape
     "Gradient reversal layer (Ganin and Lempitsky 2015): identity forward, minus `scale` times the gradient backward."
     return _Reversal.apply(x, scale)
 
-# %% ../nbs/03_networks.ipynb #59f1177f
+# %% ../nbs/03_networks.ipynb #c463c7c9
 class AtrousClassifier(nn.Module):
     "DeepLab-V2's classifier: the sum of four 3 x 3 convolutions with different dilations."
 
@@ -49,7 +50,7 @@ class AtrousClassifier(nn.Module):
     def forward(self, features: Tensor) -> Tensor:  # (B, channels, h, w) -> (B, classes, h, w)
         return sum(branch(features) for branch in self.branches)
 
-# %% ../nbs/03_networks.ipynb #c448f226
+# %% ../nbs/03_networks.ipynb #8ce63d50
 class RegionClassifier(AtrousClassifier):
     "C_region: the dilated classifier with N output channels, averaged over the cells of the region grid."
 
@@ -61,7 +62,8 @@ class RegionClassifier(AtrousClassifier):
             return F.adaptive_avg_pool2d(super().forward(features), grid)
         cell = (h // i, w // j)
         reach = max(branch.dilation[0] for branch in self.branches)
-        means = F.avg_pool2d(F.pad(features, [reach] * 4), cell, stride=1)
+        rows = F.avg_pool2d(F.pad(features, [reach] * 4), (cell[0], 1), stride=1)
+        means = F.avg_pool2d(rows, (1, cell[1]), stride=1)
         return sum(self._at_cells(branch, means, cell, reach - branch.dilation[0]) for branch in self.branches)
 
     @staticmethod
@@ -71,7 +73,7 @@ class RegionClassifier(AtrousClassifier):
             means = means[..., surplus:-surplus, surplus:-surplus]
         return F.conv2d(means, branch.weight, branch.bias, stride=cell, dilation=branch.dilation)
 
-# %% ../nbs/03_networks.ipynb #05216f2d
+# %% ../nbs/03_networks.ipynb #644b7717
 class DomainClassifier(nn.Module):
     "C_image: features to a 3 x 3 map of logits that a ninth of the image is from the source domain."
 
@@ -102,7 +104,7 @@ def resize(maps: Tensor,  # (B, K, h, w)
     shrinks = maps.shape[-2] > size[0] or maps.shape[-1] > size[1]      # antialiasing changes nothing where a map grows
     return F.interpolate(maps, tuple(size), mode="bilinear", align_corners=False, antialias=antialias and shrinks)
 
-# %% ../nbs/03_networks.ipynb #d60c4703
+# %% ../nbs/03_networks.ipynb #52d7d4ea
 class Normalise(nn.Module):
     "RGB in [0, 1] to what a set of weights was trained on."
 
@@ -121,7 +123,7 @@ class Normalise(nn.Module):
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CAFFE = ((103.939, 116.779, 123.68), (1.0, 1.0, 1.0), True)
 
-# %% ../nbs/03_networks.ipynb #06ff744d
+# %% ../nbs/03_networks.ipynb #f4e726b2
 def _conv(inputs, outputs, stride=1, dilation=1):
     return nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride, dilation, dilation, bias=False), nn.BatchNorm2d(outputs))
 
@@ -148,7 +150,7 @@ class SmallExtractor(nn.Module):
     def forward(self, images: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, 64, H/4, W/4)
         return self.body(self.normalise(images))
 
-# %% ../nbs/03_networks.ipynb #41ba0543
+# %% ../nbs/03_networks.ipynb #70bcdb2f
 class ResNetExtractor(nn.Module):
     "E with ResNet-50 or ResNet-101: output stride 8, 2048 channels, BatchNorm frozen by the trainer."
     channels, stride, rates = 2048, 8, (6, 12, 18, 24)
@@ -168,7 +170,7 @@ class ResNetExtractor(nn.Module):
     def forward(self, images: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, 2048, H/8, W/8)
         return self.body(self.normalise(images))
 
-# %% ../nbs/03_networks.ipynb #730e38d7
+# %% ../nbs/03_networks.ipynb #eb7962d2
 class VGGExtractor(nn.Module):
     "E with VGG-16 as DeepLab-V2 has it: pool4 and pool5 dropped, conv5 dilated, fc6 and fc7 as convolutions."
     channels, stride, rates = 1024, 8, (6, 12, 18, 24)
@@ -186,12 +188,13 @@ class VGGExtractor(nn.Module):
     def forward(self, images: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, 1024, H/8, W/8)
         return F.relu(self.fc7(F.relu(self.fc6(self.features(self.normalise(images))))))
 
-# %% ../nbs/03_networks.ipynb #f2848e5c
+# %% ../nbs/03_networks.ipynb #d8c6f4c5
 BACKBONES = ("small", "resnet50", "resnet101", "vgg16")
 
 
 def build_extractor(backbone: str = "small",  # one of BACKBONES
                     weights: str = "none",  # "none", "imagenet" or a file of weights with torchvision's names
+                    caffe: bool | None = None,  # ResNet in caffe's arrangement; by default as the file's name says
                     ) -> nn.Module:  # (B, 3, H, W) in [0, 1] -> features; has .channels, .stride, .rates
     "The feature extractor E with its weights and their own input normalisation."
     if backbone not in BACKBONES:
@@ -200,32 +203,35 @@ def build_extractor(backbone: str = "small",  # one of BACKBONES
         if weights != "none":
             raise ValueError(f"backbone 'small' has no pretrained weights; set weights='none' instead of {weights!r}")
         return SmallExtractor()
-    enum = "DEFAULT" if weights == "imagenet" else None
-    caffe = enum is None and "caffe" in Path(weights).name
+    enum, file = ("DEFAULT" if weights == "imagenet" else None), weights not in ("none", "imagenet")
+    if caffe is None:
+        caffe = file and "caffe" in Path(weights).name
     extractor = VGGExtractor(enum) if backbone == "vgg16" else ResNetExtractor(backbone, enum, caffe)
-    if weights not in ("none", "imagenet"):
+    if file:
         load_backbone(extractor, weights)
     return extractor
+
+# %% ../nbs/03_networks.ipynb #c3ad1a7e
+def _read_weights(path):
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"weights: there is no file {path}; give 'none', 'imagenet' or an existing file")
+    if str(path).endswith(".safetensors"):
+        return load_file(path)
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def load_backbone(extractor: nn.Module,  # a ResNetExtractor or VGGExtractor
                   path: str):  # .safetensors, or a .pth that torch loads with weights_only=True
-    "Load torchvision-named weights into the extractor; anything missing but fc6 and fc7 is an error."
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"weights: there is no file {path}; give 'none', 'imagenet' or an existing file")
-    if str(path).endswith(".safetensors"):
-        from safetensors.torch import load_file
-        state = load_file(path)
-    else:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    state = {k: v.float() for k, v in state.items() if not k.startswith(("fc.", "classifier."))}
+    "Load torchvision-named weights into the extractor; a missing or foreign key is an error."
+    state = {k: v.float() for k, v in _read_weights(path).items() if not k.startswith(("fc.", "classifier."))}
     target = extractor.body if hasattr(extractor, "body") else nn.ModuleDict({"features": extractor.features})
     missing, unexpected = target.load_state_dict(state, strict=False)
     missing = [k for k in missing if not k.endswith("num_batches_tracked")]
     if missing or unexpected:
-        raise ValueError(f"weights: {path} does not fit this backbone; missing {missing[:3]}, unexpected {list(unexpected)[:3]}")
+        raise ValueError(f"weights: {path} does not fit this backbone; "
+                         f"missing {missing[:3]}, unexpected {list(unexpected)[:3]}")
 
-# %% ../nbs/03_networks.ipynb #5094ed54
+# %% ../nbs/03_networks.ipynb #0e12468f
 class Segmenter(nn.Module):
     "E + C_seg: images to class logits at the features' stride."
 
@@ -246,7 +252,7 @@ def segmentation_loss(logits: Tensor,  # (B, C, h, w), before softmax
     losses = F.cross_entropy(resize(logits, labels.shape[-2:]), labels, ignore_index=255, reduction="sum")
     return losses / (labels != 255).sum().clamp(min=1)
 
-# %% ../nbs/03_networks.ipynb #b5ecbb97
+# %% ../nbs/03_networks.ipynb #910a5d02
 class frozen:
     "Context manager: inside, the modules' parameters get no gradient; gradients still pass through to their inputs."
 

@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['PLANS', 'QUICK', 'PROFILES', 'CHOICES', 'Plan', 'Settings', 'make_settings', 'TrainingError', 'save_atomically',
-           'train_loop', 'poly', 'SegmentationStep', 'TranslationStep']
+           'train_loop', 'poly', 'segmentation_optimiser', 'critic_optimiser', 'both_flows', 'SegmentationStep',
+           'apply_update', 'TranslationStep']
 
-# %% ../nbs/11_trainer.ipynb #fff366ee
+# %% ../nbs/11_trainer.ipynb #24002c1e
 import json
 import os
 import time
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ from .region_al import adaptive_weight
 from .region_labels import DESCRIPTORS, region_grid
 from .translation import TranslationPair
 
-# %% ../nbs/11_trainer.ipynb #a6df63c1
+# %% ../nbs/11_trainer.ipynb #4bdb88df
 @dataclass(frozen=True)
 class Plan:
     "The stages of a method."
@@ -45,10 +46,9 @@ PLANS = {name: Plan(name) for name in ABLATIONS} | {
     "oracle": Plan("source_only"),
 }
 
-# %% ../nbs/11_trainer.ipynb #9e19fdc0
+# %% ../nbs/11_trainer.ipynb #cdec2ffd
 @dataclass(frozen=True)
-class Settings:
-    "All that determines a run's result. Lengths in steps, sizes (height, width) in pixels."
+class _DataSettings:
     source: str = ""  # "streets:engine", "airsim_nh", "folder:PATH", ...
     target: str = ""
     method: str = "mlan"  # a key of PLANS
@@ -59,8 +59,12 @@ class Settings:
     target_size: tuple = (512, 1024)  # training size of target images
     n_source: int = 0  # use so many source images, 0 = all
     n_target: int = 0
-    n_val: int = 0  # images of the target's val split (labels are looked at, weights never chosen by a run)
+    n_val: int = 0  # images of the target's val split, on which weights of the losses are chosen
     n_test: int = 0  # images of the target's test split, the one reported
+
+# %% ../nbs/11_trainer.ipynb #e315dbb4
+@dataclass(frozen=True)
+class _ModelSettings(_DataSettings):
     patches: tuple = (32, 64, 128)  # region sizes in training pixels (R1)
     n_relations: int = 100  # N (Section 4.2)
     descriptor: str = "hog+classes"  # R2
@@ -68,6 +72,12 @@ class Settings:
     region_sample: int = 3000  # patches a level that DBSCAN sees
     backbone: str = "resnet101"  # Section 4.2
     weights: str = "imagenet"  # "none", "imagenet" or a file
+    critic_width: int = 64  # C_image's first channels (Section 4.2)
+    pooling: str = "resize"  # R7
+
+# %% ../nbs/11_trainer.ipynb #d0fcd44a
+@dataclass(frozen=True)
+class _TrainingSettings(_ModelSettings):
     warmup_steps: int = 0  # source-only steps before adaptation; 0 with ImageNet weights, as in the paper
     warmup_lr: float = 2.5e-4
     steps: int = 120_000  # adaptation steps
@@ -85,10 +95,13 @@ class Settings:
     ramp_steps: int = 0  # the two adversarial terms grow linearly over so many steps
     map_weights: str = "raw"  # R9
     reading: str = "entropy"  # R4
-    critic_width: int = 64  # C_image's first channels
-    pooling: str = "resize"  # R7
+
+# %% ../nbs/11_trainer.ipynb #99e236bf
+@dataclass(frozen=True)
+class Settings(_TrainingSettings):
+    "All that determines a run's result, flat. Lengths in steps, sizes (height, width) in pixels."
     translation_steps: int = 40_000
-    translation_lr: float = 2e-4  # Adam (0.5, 0.999)
+    translation_lr: float = 2e-4  # Adam (0.5, 0.99)
     translation_batch: int = 1
     translation_width: int = 32
     translated_share: float = 0.5  # of the source images that training takes in target style
@@ -100,15 +113,15 @@ class Settings:
     val_every: int = 0  # score val every so many steps while training, 0 = never
     checkpoint_every: int = 1000
 
-
+# %% ../nbs/11_trainer.ipynb #857782bb
 QUICK = dict(size=(64, 128), target_size=(64, 128), patches=(8, 16, 32), backbone="small", weights="none",
              warmup_steps=900, warmup_lr=0.02, steps=500, schedule_steps=500, batch_size=6, lr=0.005, head_lr=1.0,
              lambda_region=0.1, lambda_ent=0.05, lambda_image=3e-4, ramp_steps=100, critic_width=16,
-             translation_steps=300, translation_batch=4, translation_width=16, portions=(0.5,),
+             translation_steps=300, translation_lr=1e-3, translation_batch=4, translation_width=16, portions=(0.5,),
              self_training_steps=200, self_training_lr=0.002, log_every=20, val_every=100, checkpoint_every=100)
 PROFILES = {"quick": QUICK, "paper": {}}
 
-# %% ../nbs/11_trainer.ipynb #d0d6bc67
+# %% ../nbs/11_trainer.ipynb #9122f852
 CHOICES = {"method": tuple(PLANS), "profile": tuple(PROFILES), "backbone": BACKBONES, "descriptor": DESCRIPTORS,
            "map_weights": MAP_WEIGHTS, "reading": ("entropy", "literal"), "pooling": ("resize", "adaptive")}
 _AT_LEAST_ONE = ("steps", "schedule_steps", "batch_size", "translation_steps", "translation_batch", "self_training_steps",
@@ -151,7 +164,7 @@ def _typed(name, default, value):
     except (TypeError, ValueError):
         raise ValueError(f"setting {name} must be like {default!r} ({kind.__name__}), not {value!r}") from None
 
-# %% ../nbs/11_trainer.ipynb #fe15689e
+# %% ../nbs/11_trainer.ipynb #9f7493a4
 class TrainingError(RuntimeError):
     "Training cannot go on; the message names stage, step, and the checkpoint that is kept."
 
@@ -162,7 +175,7 @@ def save_atomically(value, path: Path):
     torch.save(value, part)
     part.replace(path)
 
-
+# %% ../nbs/11_trainer.ipynb #ef0bf89b
 def _resume(parts, checkpoint, log):
     "Load a checkpoint if there is one; returns the step to go on from, and cuts the log to it."
     if not checkpoint.exists():
@@ -177,14 +190,16 @@ def _resume(parts, checkpoint, log):
     return state["step"]
 
 
-def _first_bad(rows):
-    "Index and name of the first value that is not finite, or None."
+def _stop_if_not_finite(rows, done, checkpoint, title):
+    "TrainingError that names the first logged value that is not finite, its step, and what is kept."
     for i, row in enumerate(rows):
         for name, value in row.items():
             if not torch.isfinite(value):
-                return i, name
+                kept = f"the checkpoint before it is {checkpoint}" if checkpoint.exists() else "no checkpoint was due yet"
+                raise TrainingError(f"{title}: {name} is not finite at step {done - len(rows) + i + 1}; {kept}; "
+                                    "lower the learning rate or the lambdas")
 
-
+# %% ../nbs/11_trainer.ipynb #1f679ac1
 def train_loop(step,  # object with .parts {name: has state_dict} and __call__(i) -> {name: scalar tensor}
                steps: int, prefix: Path,  # log is PREFIX.jsonl, checkpoint PREFIX.partial.pt
                settings: Settings, validate=None,  # function () -> mIoU on val
@@ -197,90 +212,96 @@ def train_loop(step,  # object with .parts {name: has state_dict} and __call__(i
         rows.append({name: value.detach() for name, value in step(i).items()})
         done = i + 1
         if done % settings.log_every == 0 or done == steps:
-            if bad := _first_bad(rows):
-                kept = f"the checkpoint before it is {checkpoint}" if checkpoint.exists() else "no checkpoint was due yet"
-                raise TrainingError(f"{title or prefix.name}: {bad[1]} is not finite at step {done - len(rows) + bad[0] + 1}; "
-                                    f"{kept}; lower the learning rate or the lambdas")
+            _stop_if_not_finite(rows, done, checkpoint, title or prefix.name)
             row = {k: torch.stack([r[k] for r in rows]).mean().item() for k in rows[-1]}
             if validate and settings.val_every and (done % settings.val_every == 0 or done == steps):
                 row["miou_val"] = validate()
             with log.open("a") as f:
-                f.write(json.dumps({"stage": title, "step": done, **row, "seconds": round(time.time() - began, 1)}) + "\n")
+                f.write(json.dumps({"step": done, **row, "seconds": round(time.time() - began, 1)}) + "\n")
             rows = []
-            bar.set_postfix({k.removeprefix("loss/"): f"{v:.3g}" for k, v in row.items() if k in ("loss/seg", "miou_val")})
+            bar.set_postfix({k: f"{v:.3g}" for k, v in row.items() if k in ("loss/seg", "miou_val")})
         if done % settings.checkpoint_every == 0 and not rows and done < steps:
             parts = {name: part.state_dict() for name, part in step.parts.items()}
             save_atomically({"step": done, "parts": parts, "rng": torch.get_rng_state()}, checkpoint)
     return log
 
-# %% ../nbs/11_trainer.ipynb #521575f1
+# %% ../nbs/11_trainer.ipynb #84e9794d
 def poly(step: int, steps: int, power: float = 0.9) -> float:
-    "The poly schedule: (1 - step / steps) ** power."
-    return (1 - step / steps) ** power
+    "The poly schedule: (1 - step / steps) ** power, and never quite zero."
+    return (1 - min(step, steps - 1) / steps) ** power
 
 
+def segmentation_optimiser(net: Segmenter, alignment: CoRegularizedAL | None, settings: Settings) -> torch.optim.SGD:
+    "SGD for E (group 0) and for the heads C_seg and C_region (group 1, at `head_lr` times the rate)."
+    heads = [*net.classifier.parameters(), *(alignment.region_classifiers.parameters() if alignment else [])]
+    groups = [{"params": [*net.extractor.parameters()], "factor": 1.0}, {"params": heads, "factor": settings.head_lr}]
+    return torch.optim.SGD(groups, 1.0, momentum=settings.momentum, weight_decay=settings.weight_decay)
+
+
+def critic_optimiser(alignment: CoRegularizedAL | None, settings: Settings) -> torch.optim.Adam | None:
+    "Adam (0.9, 0.99) for C_image, if there is one."
+    if alignment and alignment.critics:
+        return torch.optim.Adam([p for c in alignment.critics for p in c.parameters()], settings.critic_lr, (0.9, 0.99))
+
+# %% ../nbs/11_trainer.ipynb #a9eeb073
+def both_flows(net: Segmenter, source: tuple,  # images (B, 3, H, W), region labels a level
+               target: Tensor,  # images (B, 3, H', W')
+               patches: tuple,  # s, 2s, 4s
+               together: bool) -> tuple:  # Flow of the source, Flow of the target
+    "Features and region grids of both domains."
+    images, regions = source
+    grids_s, grids_t = ([region_grid(x.shape[-2:], p) for p in patches] for x in (images, target))
+    if together and images.shape[-2:] == target.shape[-2:]:
+        f_s, f_t = net.extractor(torch.cat([images, target])).split([len(images), len(target)])
+    else:
+        f_s, f_t = net.extractor(images), net.extractor(target)
+    return Flow(f_s, grids_s, regions), Flow(f_t, grids_t)
+
+# %% ../nbs/11_trainer.ipynb #348cf4df
 class SegmentationStep:
     "One step of Eq. 10 for E, C_seg, C_region and C_image; without an alignment, of Eq. 2 or 14."
 
     def __init__(self, net: Segmenter, batches,  # batches(i) -> images, labels, regions of the labelled domain
                  lr: float, settings: Settings, alignment: CoRegularizedAL | None = None,
                  target=None):  # target(i) -> images of the target; needed with an alignment
-        self.net, self.batches, self.alignment, self.target, self.s = net, batches, alignment, target, settings
-        self.frozen_norm, self.steps = True, settings.schedule_steps
-        heads = [*net.classifier.parameters()] + ([*alignment.region_classifiers.parameters()] if alignment else [])
-        groups = [{"params": [*net.extractor.parameters()], "factor": 1.0}, {"params": heads, "factor": settings.head_lr}]
-        self.lr, self.parts = lr, {"net": net}
-        self.sgd = torch.optim.SGD(groups, lr, momentum=settings.momentum, weight_decay=settings.weight_decay)
-        self.parts["sgd"], self.adam = self.sgd, None
-        if alignment:
-            self.parts["alignment"] = alignment
-            if alignment.critics:
-                parameters = [p for critic in alignment.critics for p in critic.parameters()]
-                self.parts["adam"] = self.adam = torch.optim.Adam(parameters, settings.critic_lr, (0.9, 0.99))
-
-    def _rates(self, i):
-        decay = poly(min(i, self.steps - 1), self.steps, self.s.power)
-        for group in self.sgd.param_groups:
-            group["lr"] = self.lr * group["factor"] * decay
-        if self.adam:
-            self.adam.param_groups[0]["lr"] = self.s.critic_lr * decay
+        self.net, self.batches, self.lr, self.s = net, batches, lr, settings
+        self.alignment, self.target, self.frozen_norm, self.steps = alignment, target, True, settings.schedule_steps
+        self.sgd, self.adam = segmentation_optimiser(net, alignment, settings), critic_optimiser(alignment, settings)
+        parts = {"net": net, "alignment": alignment, "sgd": self.sgd, "adam": self.adam}
+        self.parts = {name: part for name, part in parts.items() if part is not None}
 
     def __call__(self, i: int) -> dict:  # named scalars for the log
-        self._rates(i)
-        self.net.train()
-        if self.frozen_norm:
-            freeze_batch_norm(self.net)
+        self._prepare(i)
         images, labels, regions = self.batches(i)
-        if not self.alignment:
-            terms = {"seg": segmentation_loss(self.net(images), labels)}
-            return self._update(terms, {})
-        source, target = self._flows(images, regions, self.target(i))
+        if self.alignment is None:
+            return self._update({"seg": segmentation_loss(self.net(images), labels)}, {})
+        source, target = both_flows(self.net, (images, regions), self.target(i), self.s.patches, self.frozen_norm)
         terms = {"seg": segmentation_loss(self.net.classifier(source.features), labels)}
         ramp = min(1.0, (i + 1) / self.s.ramp_steps) if self.s.ramp_steps else 1.0
         terms |= self.alignment.losses(source, target, adaptive_weight(i, self.steps, self.s.power), ramp)
         return self._update(terms, self.alignment.critic_losses(source, target))
 
-    def _flows(self, images, regions, target_images):
-        "Both domains through E: in one pass where sizes are equal and BatchNorm is frozen, else one after the other."
-        grids_s, grids_t = ([region_grid(x.shape[-2:], p) for p in self.s.patches] for x in (images, target_images))
-        if self.frozen_norm and images.shape[-2:] == target_images.shape[-2:]:
-            f_s, f_t = self.net.extractor(torch.cat([images, target_images])).split([len(images), len(target_images)])
-        else:
-            f_s, f_t = self.net.extractor(images), self.net.extractor(target_images)
-        return Flow(f_s, grids_s, regions), Flow(f_t, grids_t)
+    def _prepare(self, i):
+        for group in self.sgd.param_groups:
+            group["lr"] = self.lr * group["factor"] * poly(i, self.steps, self.s.power)
+        if self.adam:
+            self.adam.param_groups[0]["lr"] = self.s.critic_lr * poly(i, self.steps, self.s.power)
+        self.net.train()
+        if self.frozen_norm:
+            freeze_batch_norm(self.net)
 
     def _update(self, terms, critic):
-        self.sgd.zero_grad(set_to_none=True)
-        sum(terms.values()).backward()
-        self.sgd.step()
-        if critic:
-            self.adam.zero_grad(set_to_none=True)
-            critic["critic"].backward()
-            self.adam.step()
-        named = {f"loss/{k}": v.abs() for k, v in terms.items()}     # C_region's sign of the entropy is left out
-        return named | {k if "/" in k else f"loss/{k}": v for k, v in critic.items()}
+        return apply_update(self.sgd, terms) | (apply_update(self.adam, critic) if critic else {})
 
-# %% ../nbs/11_trainer.ipynb #06cf3453
+# %% ../nbs/11_trainer.ipynb #0800cb4b
+def apply_update(optimiser: torch.optim.Optimizer, terms: dict) -> dict:  # {name: scalar} for the log
+    "Zero, backward, step; only what the optimiser owns moves."
+    optimiser.zero_grad(set_to_none=True)
+    sum(v for k, v in terms.items() if "/" not in k).backward()
+    optimiser.step()
+    return {k if "/" in k else f"loss/{k}": v.detach().abs() for k, v in terms.items()}
+
+# %% ../nbs/11_trainer.ipynb #f6036a5e
 class TranslationStep:
     "One step of Eq. 12: generators, then critics."
 
@@ -288,21 +309,16 @@ class TranslationStep:
                  target,  # target(i) -> images, maps (or None)
                  settings: Settings):
         self.pair, self.source, self.target, self.s = pair, source, target, settings
-        adam = lambda modules: torch.optim.Adam([p for m in modules for p in m.parameters()], settings.translation_lr, (0.5, 0.999))
-        self.generate, self.judge = adam(pair.generators), adam(pair.critics)
+        self.generate, self.judge = (
+            torch.optim.Adam([p for m in modules for p in m.parameters()], settings.translation_lr, (0.5, 0.99))
+            for modules in (pair.generators, pair.critics))
         self.parts = {"pair": pair, "generate": self.generate, "judge": self.judge}
 
     def __call__(self, i: int) -> dict:
-        decay = min(1.0, 2 * poly(i, self.s.translation_steps, 1.0))         # constant, then linear to zero, as in CycleGAN
+        decay = min(1.0, 2 * poly(i, self.s.translation_steps, 1.0))     # constant, then linear to zero, as in CycleGAN
         for optimiser in (self.generate, self.judge):
             optimiser.param_groups[0]["lr"] = self.s.translation_lr * decay
         self.pair.train()
         source, (target, maps) = self.source(i), self.target(i)
-        logged = {}
-        for optimiser, losses in ((self.generate, self.pair.losses), (self.judge, self.pair.critic_losses)):
-            terms = losses(source, target, maps)
-            optimiser.zero_grad(set_to_none=True)
-            sum(terms.values()).backward()
-            optimiser.step()
-            logged |= {f"loss/{k}": v for k, v in terms.items()}
-        return logged
+        logged = apply_update(self.generate, self.pair.losses(source, target, maps))
+        return logged | apply_update(self.judge, self.pair.critic_losses(source, target, maps))

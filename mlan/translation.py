@@ -6,7 +6,7 @@
 __all__ = ['weighted_mean', 'adversarial_term', 'critic_term', 'Generator', 'PatchCritic', 'TranslationSettings',
            'generator_losses', 'critic_losses', 'TranslationPair', 'edge_agreement']
 
-# %% ../nbs/08_translation.ipynb #104df8f5
+# %% ../nbs/08_translation.ipynb #90cff088
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,7 @@ from .co_regularized_al import resize_map
 from .image_al import image_alignment_map
 from .networks import frozen
 
-# %% ../nbs/08_translation.ipynb #8bf499a5
+# %% ../nbs/08_translation.ipynb #925a40dd
 def weighted_mean(values: Tensor,  # (B, h, w), one for each patch of the critic
                   maps: Tensor | None = None,  # M_multi (B, I, J), mean 1 over the target set; None = plain
                   ) -> Tensor:  # scalar
@@ -36,7 +36,7 @@ def adversarial_term(fake_logits: Tensor,  # (B, 1, h, w): the critic on transla
     "The generator's side of Eq. 12: -log D(G(x)), weighted."
     return weighted_mean(image_alignment_map(fake_logits), maps)
 
-# %% ../nbs/08_translation.ipynb #c06e319a
+# %% ../nbs/08_translation.ipynb #7dae8905
 def critic_term(real_logits: Tensor,  # (B, 1, h, w): the critic on images of its domain
                 fake_logits: Tensor,  # (B, 1, h, w): the critic on translated images
                 maps: Tensor | None = None,  # (B, I, J): also weigh the critic's view of the translated images
@@ -44,7 +44,7 @@ def critic_term(real_logits: Tensor,  # (B, 1, h, w): the critic on images of it
     "The critic's side of Eq. 12: binary cross-entropy with D = P(real)."
     return (F.softplus(-real_logits).mean() + weighted_mean(F.softplus(fake_logits)[:, 0], maps)) / 2
 
-# %% ../nbs/08_translation.ipynb #9f995ec5
+# %% ../nbs/08_translation.ipynb #2c822373
 class _ResidualBlock(nn.Module):
     "Two dilated convolutions with InstanceNorm, added to their input."
 
@@ -80,7 +80,7 @@ class Generator(nn.Module):
         s = self.shift(images)
         return images + s * torch.where(s > 0, 1 - images, images)
 
-# %% ../nbs/08_translation.ipynb #177f0057
+# %% ../nbs/08_translation.ipynb #0d8766bc
 class PatchCritic(nn.Module):
     "D of Eq. 12: a logit for each patch, large where it looks real."
 
@@ -95,7 +95,7 @@ class PatchCritic(nn.Module):
     def forward(self, images: Tensor) -> Tensor:  # (B, 3, H, W) in [0, 1] -> logits (B, 1, H // 4, W // 4)
         return self.layers(images - 0.5)
 
-# %% ../nbs/08_translation.ipynb #6757e46b
+# %% ../nbs/08_translation.ipynb #d91fcb72
 @dataclass(frozen=True)
 class TranslationSettings:
     "Sizes of the networks and weights of the terms."
@@ -104,14 +104,14 @@ class TranslationSettings:
     critic_width: int = 16  # first channels of the critics
     lambda_adversarial: float = 1.0  # both -log D terms
     lambda_cycle: float = 5.0  # there and back again
-    lambda_identity: float = 0.0  # an image that has the style already stays; costs two passes more than the other four
+    lambda_identity: float = 0.0  # an image that has the style already stays; two passes more than the other four
     weigh_critic: bool = False  # True: D's view of G(x_t) is weighted as well, the letter of Eq. 12
 
-# %% ../nbs/08_translation.ipynb #f3bd12fd
+# %% ../nbs/08_translation.ipynb #de7fd267
 def generator_losses(pair: nn.Module,  # a `TranslationPair`
                      source: Tensor,  # (B, 3, H, W) in [0, 1]
                      target: Tensor,  # (B, 3, H, W) in [0, 1]
-                     maps: Tensor | None = None,  # M_multi of `target` (B, I, J), mean 1 over the data set; None = plain
+                     maps: Tensor | None = None,  # M_multi of `target` (B, I, J), mean 1 over the set; None = plain
                      ) -> dict:  # named weighted scalars; the generators minimise their sum
     "The generators' side of Eq. 12, with the terms that keep images in place."
     s, to_target, to_source = pair.settings, pair.source_to_target, pair.target_to_source
@@ -127,7 +127,7 @@ def generator_losses(pair: nn.Module,  # a `TranslationPair`
         terms["identity"] = s.lambda_identity * kept
     return terms
 
-# %% ../nbs/08_translation.ipynb #5fc5894a
+# %% ../nbs/08_translation.ipynb #b50a2263
 def critic_losses(pair: nn.Module,  # a `TranslationPair`
                   source: Tensor,  # (B, 3, H, W) in [0, 1]
                   target: Tensor,  # (B, 3, H, W) in [0, 1]
@@ -140,7 +140,7 @@ def critic_losses(pair: nn.Module,  # a `TranslationPair`
     return {"source_critic": critic_term(pair.source_critic(source), pair.source_critic(as_source), maps),
             "target_critic": critic_term(pair.target_critic(target), pair.target_critic(as_target))}
 
-# %% ../nbs/08_translation.ipynb #1059f278
+# %% ../nbs/08_translation.ipynb #eb0ba16f
 class TranslationPair(nn.Module):
     "G_st, G_ts and their critics D_t, D_s: cycle-consistent translation, regularized by M_multi (Eq. 12)."
     losses, critic_losses = generator_losses, critic_losses
@@ -166,7 +166,7 @@ class TranslationPair(nn.Module):
         self.train(training)
         return torch.cat(done)
 
-# %% ../nbs/08_translation.ipynb #1b2215e8
+# %% ../nbs/08_translation.ipynb #f3d8d91e
 def _edge_strength(images):
     grey = images.mean(1)
     down, right = grey[:, 1:, :-1] - grey[:, :-1, :-1], grey[:, :-1, 1:] - grey[:, :-1, :-1]

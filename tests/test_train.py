@@ -1,0 +1,196 @@
+"""Whole runs: every method, resume after a kill, bad input that is named before training, real photographs."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mlan.command_line import main
+from mlan.datasets import DataError
+from mlan.train import PairData, Run, load_pictures, load_segmenter, open_pair, report_runs, run_mlan
+from mlan.trainer import PLANS, TrainingError, make_settings
+
+FEW = dict(size=(32, 64), target_size=(32, 64), n_source=40, n_target=16, n_val=4, n_test=4, min_samples=3, warmup_steps=6, steps=6,
+           schedule_steps=6, ramp_steps=2, critic_width=4, batch_size=3, translation_steps=3, translation_width=4, translation_batch=2,
+           self_training_steps=4, portions=(0.4, 0.5), log_every=2, val_every=6, checkpoint_every=2, device="cpu")
+PAIR = ("streets:engine", "streets:camera")
+
+
+@pytest.fixture(scope="module")
+def stages(tmp_path_factory):
+    return tmp_path_factory.mktemp("stages")
+
+
+@pytest.mark.parametrize("method", PLANS)
+def test_every_method_runs_and_leaves_a_whole_folder(method, stages, tmp_path):
+    result = run_mlan(*PAIR, method, out=tmp_path / "run", stages=stages, progress=False, **FEW)
+    assert set(os.listdir(result.out)) == {"settings.json", "log.jsonl", "checkpoint.pt", "pictures.npz", "report.html", "pictures", "result.json"}
+    assert 0 <= result.miou <= 100 and set(result.per_class) == set(result.record["classes"])
+    net, about = load_segmenter(result.out / "checkpoint.pt")
+    assert len(about["classes"]) == 19 and not net.training
+    for key in ("settings", "seed", "commit", "versions", "device", "seconds", "peak_mib", "per_class", "matrix"):
+        assert key in result.record
+
+
+def test_methods_share_what_is_equal_by_definition(tmp_path):
+    shared = dict(stages=tmp_path / "stages", progress=False, **FEW)
+    first = run_mlan(*PAIR, "cr_al+rst", out=tmp_path / "a", **shared)
+    second = run_mlan(*PAIR, "cr_al+st", out=tmp_path / "b", **shared)
+    assert set(first.record["stages"]) == {"regions", "warm_up", "align", "maps", "self_training"}
+    assert set(second.record["stages"]) == {"self_training"}
+    alone = run_mlan(*PAIR, "cr_al+st", out=tmp_path / "c", progress=False, **FEW)
+    assert alone.record["matrix"] == second.record["matrix"]
+
+
+@pytest.mark.parametrize("setting, stage", [("lr", "align"), ("lambda_ent", "align"), ("warmup_lr", "warm_up"), ("n_relations", "regions"),
+                                            ("seed", "warm_up"), ("map_weights", "align"), ("self_training_lr", "self_training")])
+def test_a_setting_that_matters_makes_a_new_stage(setting, stage, tmp_path):
+    value = {"n_relations": 5, "seed": 3, "map_weights": "shuffled"}.get(setting, 0.0123)
+    data = open_pair(make_settings(*PAIR, "cr_al+st", **FEW))
+    keys = []
+    for change in ({}, {setting: value}):
+        run = Run(make_settings(*PAIR, "cr_al+st", **{**FEW, **change}), data, tmp_path)
+        run.walk()
+        keys.append(run.used[stage].name)
+    assert keys[0] != keys[1]
+
+
+@pytest.mark.parametrize("method", ["mlan", "cr_al"])
+def test_killed_run_ends_as_the_uninterrupted_one(method, tmp_path):
+    settings = {**FEW, "warmup_steps": 40, "steps": 40, "schedule_steps": 40}
+    code = f"from mlan.train import run_mlan; run_mlan(*{PAIR}, {method!r}, out=r'{tmp_path / 'killed'}', progress=False, **{settings})"
+    whole = run_mlan(*PAIR, method, out=tmp_path / "whole", progress=False, **settings)
+    for wait in (9, 12):
+        process = subprocess.Popen([sys.executable, "-c", code])
+        time.sleep(wait)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    subprocess.run([sys.executable, "-c", code], check=True)
+    record = json.loads((tmp_path / "killed" / "result.json").read_text())
+    assert record["matrix"] == whole.record["matrix"]
+    states = [torch.load(tmp_path / k / "checkpoint.pt", weights_only=True)["segmenter"] for k in ("killed", "whole")]
+    assert all(torch.equal(a, b) for a, b in zip(*(s.values() for s in states)))
+
+
+def test_interrupted_inside_a_stage_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
+    settings = make_settings(*PAIR, "cr_al", **{**FEW, "steps": 8, "schedule_steps": 8, "map_weights": "shuffled"})
+    data = open_pair(settings)
+    whole = Run(settings, data, tmp_path / "a").walk()
+    import mlan.train
+    calls = []
+    step = mlan.train.SegmentationStep.__call__
+
+    def stops(self, i):
+        calls.append(i)
+        if self.alignment and i == 5 and calls.count(5) == 2:     # once in the warm-up, once here
+            raise KeyboardInterrupt
+        return step(self, i)
+
+    monkeypatch.setattr(mlan.train.SegmentationStep, "__call__", stops)
+    with pytest.raises(KeyboardInterrupt):
+        Run(settings, data, tmp_path / "b").walk()
+    assert list((tmp_path / "b").glob("align-*.partial.pt"))
+    calls.clear()
+    torch.manual_seed(12345)                                      # another random state: the checkpoint's must win
+    run = Run(settings, data, tmp_path / "b")
+    again = run.walk()
+    assert calls == [4, 5, 6, 7]
+    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), again.state_dict().values()))
+    assert [r["step"] for r in run.logs if r["stage"] == "align"] == [2, 4, 6, 8]
+
+
+def test_nan_stops_names_the_step_and_keeps_the_last_good_checkpoint(tmp_path):
+    with pytest.raises(TrainingError, match=r"not finite at step \d+"):
+        run_mlan(*PAIR, "source_only", out=tmp_path / "run", progress=False, **{**FEW, "lr": 1e30, "steps": 20, "schedule_steps": 20})
+    kept = list((tmp_path / "run" / "stages").glob("align-*.partial.pt"))
+    for path in kept:
+        state = torch.load(path, weights_only=True)
+        assert all(v.isfinite().all() for v in state["parts"]["net"].values())
+    assert not (tmp_path / "run" / "result.json").exists()
+
+
+def test_target_labels_are_not_loaded():
+    data = open_pair(make_settings(*PAIR, "cr_al", **FEW))
+    assert isinstance(data, PairData)
+    assert (data.target.batch(np.arange(4))[1] == 255).all() and (data.source.batch(np.arange(4))[1] != 255).any()
+
+
+def test_oracle_trains_on_target_images_and_labels():
+    data = open_pair(make_settings(*PAIR, "oracle", **FEW))
+    assert torch.equal(data.source.batch([0])[0], data.target.batch([0])[0])
+    assert (data.source.batch([0])[1] != 255).any()
+
+
+def _folder(root, n=12, size=(36, 64), labels=True):
+    rng = np.random.default_rng(0)
+    for part in ("images", "labels")[: 1 + labels]:
+        (root / part).mkdir(parents=True)
+    for i in range(n):
+        Image.fromarray(rng.integers(0, 255, (*size, 3), dtype=np.uint8)).save(root / "images" / f"{i:03}.png")
+        if labels:
+            Image.fromarray(np.repeat(np.arange(4, dtype=np.uint8), size[0] // 4)[:, None].repeat(size[1], 1)).save(root / "labels" / f"{i:03}.png")
+    return root
+
+
+def test_own_folders_with_unlabelled_photographs(tmp_path):
+    source, photos = _folder(tmp_path / "synthetic"), _folder(tmp_path / "photos", labels=False)
+    settings = {**FEW, "n_source": 0, "n_target": 0, "n_val": 0, "n_test": 0, "min_samples": 2}
+    result = run_mlan(f"folder:{source}", f"folder:{photos}", "source_only", out=tmp_path / "run", progress=False, **settings)
+    assert result.miou is None and (result.out / "report.html").exists() and len(load_pictures(result.out / "pictures.npz")) == 4
+    assert main(["predict", "--checkpoint", str(result.out / "checkpoint.pt"), "--images", str(photos / "images"), "--out", str(tmp_path / "p")]) == 0
+    assert np.array(Image.open(tmp_path / "p" / "ids" / "000.png")).shape == (36, 64)
+
+
+@pytest.mark.parametrize("break_it, words", [
+    (lambda root: (root / "labels" / "003.png").unlink(), "003.png"),
+    (lambda root: (root / "images" / "003.png").write_bytes(b"no picture"), "003.png"),
+    (lambda root: (root / "images" / "003.png").write_bytes((root / "images" / "003.png").read_bytes()[:300]), "003.png"),
+    (lambda root: Image.fromarray(np.full((36, 64), 77, np.uint8)).save(root / "labels" / "003.png"), "77"),
+    (lambda root: Image.fromarray(np.zeros((10, 64), np.uint8)).save(root / "labels" / "003.png"), "make them alike"),
+])
+def test_broken_data_stops_a_run_before_its_first_step(break_it, words, tmp_path):
+    root = _folder(tmp_path / "set")
+    break_it(root)
+    with pytest.raises(DataError, match=words) as error:
+        run_mlan(f"folder:{root}", "streets:camera", "cr_al", out=tmp_path / "run", progress=False, **FEW)
+    assert str(error.value).count("\n") == 0
+    assert not (tmp_path / "run").exists()
+
+
+def test_unlabelled_source_is_refused(tmp_path):
+    root = _folder(tmp_path / "set", labels=False)
+    with pytest.raises(DataError, match="source"):
+        run_mlan(f"folder:{root}", "streets:camera", out=tmp_path / "run", progress=False, **FEW)
+
+
+def test_report_on_runs_of_different_pairs_is_refused(stages, tmp_path):
+    a = run_mlan(*PAIR, "source_only", out=tmp_path / "a", stages=stages, progress=False, **FEW)
+    b = run_mlan("streets:cartoon", "streets:camera", "source_only", out=tmp_path / "b", progress=False, **FEW)
+    assert len(b.record["classes"]) == 16 and "miou_13" in b.record
+    with pytest.raises(ValueError, match="different data"):
+        report_runs([a.out, b.out], tmp_path / "r.html")
+
+
+def test_checkpoints_that_are_torn_or_foreign_are_refused(stages, tmp_path):
+    result = run_mlan(*PAIR, "source_only", out=tmp_path / "a", stages=stages, progress=False, **FEW)
+    torn = tmp_path / "torn.pt"
+    torn.write_bytes((result.out / "checkpoint.pt").read_bytes()[:5000])
+    torch.save({"state_dict": {}}, tmp_path / "foreign.pt")
+    for path in (torn, tmp_path / "foreign.pt"):
+        with pytest.raises(ValueError, match=path.name):
+            load_segmenter(path)
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("source, n_classes", [("airsim_nh", 7), ("streets:engine", 11)])
+def test_real_photographs(source, n_classes, mlan_data, tmp_path):
+    settings = {**FEW, "size": (48, 64), "target_size": (48, 64), "n_source": 60}
+    result = run_mlan(source, "camvid", "cr_al", out=tmp_path / "run", progress=False, **settings)
+    assert len(result.record["classes"]) == n_classes
+    assert np.array(result.record["matrix"]).sum() > 0.8 * 4 * 360 * 480          # scored at the labels' own size
