@@ -6,7 +6,7 @@
 __all__ = ['MAP_WEIGHTS', 'ABLATIONS', 'resize_map', 'region_consistency_map', 'image_consistency_map', 'map_weight',
            'regularized_entropy', 'regularized_image', 'Ablation', 'AlignmentSettings', 'Flow', 'CoRegularizedAL']
 
-# %% ../nbs/06_co_regularized_al.ipynb #f3e5d62f
+# %% ../nbs/06_co_regularized_al.ipynb #3c32ca35
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,7 @@ from .image_al import domain_loss, image_alignment_map
 from .networks import DomainClassifier, RegionClassifier, frozen, resize
 from .region_al import entropy_loss, region_entropy_map, region_logits, region_loss
 
-# %% ../nbs/06_co_regularized_al.ipynb #d16b6c0a
+# %% ../nbs/06_co_regularized_al.ipynb #cea1055d
 def resize_map(maps: Tensor,  # (B, u, v)
                grid: tuple,  # (I, J)
                ) -> Tensor:  # (B, I, J)
@@ -35,7 +35,7 @@ def image_consistency_map(target_logits: Tensor,  # (B, 1, U, V) from C_image
     "M_image (ILCM) of Eq. 7: 1 - log C(E(x_t))."
     return 1 + image_alignment_map(target_logits).detach()
 
-# %% ../nbs/06_co_regularized_al.ipynb #84903de2
+# %% ../nbs/06_co_regularized_al.ipynb #5812d9dd
 MAP_WEIGHTS = ("raw", "normalised", "shuffled")
 
 
@@ -53,7 +53,7 @@ def map_weight(maps: Tensor,  # (B, I, J), detached
     order = torch.rand(maps.flatten(1).shape, device=maps.device).argsort(1)
     return maps.flatten(1).gather(1, order).view_as(maps)
 
-# %% ../nbs/06_co_regularized_al.ipynb #3709b538
+# %% ../nbs/06_co_regularized_al.ipynb #9734dc71
 def regularized_entropy(maps: list,  # per level (B, I, J), from `region_entropy_map`
                         image_map: Tensor | None,  # M_image (B, 3, 3), or None for Eq. 4
                         variant: str = "raw") -> Tensor:  # scalar
@@ -71,7 +71,7 @@ def regularized_image(alignment: Tensor,  # -log C(E(x_t)) (B, 3, 3), from `imag
         return alignment.mean()
     return (resize_map(alignment, region_map.shape[-2:]) * map_weight(region_map, variant)).mean()
 
-# %% ../nbs/06_co_regularized_al.ipynb #5fc05864
+# %% ../nbs/06_co_regularized_al.ipynb #9e558d7f
 @dataclass(frozen=True)
 class Ablation:
     "A row of Table 1: which terms of Eq. 10 reach E."
@@ -98,7 +98,7 @@ ABLATIONS = {
     "cr_al": Ablation(region=True, entropy="regularized", image="regularized"),
 }
 
-# %% ../nbs/06_co_regularized_al.ipynb #c0e45e97
+# %% ../nbs/06_co_regularized_al.ipynb #3215fbf7
 @dataclass(frozen=True)
 class AlignmentSettings:
     "Weights and readings of Eq. 10."
@@ -118,7 +118,7 @@ class Flow:
     grids: list  # per level (I, J), finest first
     regions: list | None = None  # source only: per level int64 (B, I, J), 255 = none
 
-# %% ../nbs/06_co_regularized_al.ipynb #32442e23
+# %% ../nbs/06_co_regularized_al.ipynb #9cfa6b50
 class _Classifiers(nn.Module):
     def __init__(self, ablation: Ablation,
                  channels: int,  # of E's features
@@ -138,7 +138,7 @@ class _Classifiers(nn.Module):
     def critics(self) -> list:  # modules that the critic's optimiser owns; all others go with E
         return [self.domain_classifier] if self.ablation.needs_critic else []
 
-# %% ../nbs/06_co_regularized_al.ipynb #e28f9c4f
+# %% ../nbs/06_co_regularized_al.ipynb #b4db1636
 def _region_side(al, target, lambda_r):
     "Entropy maps a level (with gradient, reversed, where L_ent is played) and M_region; None where not needed."
     a = al.ablation
@@ -160,7 +160,7 @@ def _image_side(al, target):
         logits = al.domain_classifier(target.features)
         return image_alignment_map(logits), image_consistency_map(logits)
 
-# %% ../nbs/06_co_regularized_al.ipynb #dd11d7b7
+# %% ../nbs/06_co_regularized_al.ipynb #2b63fb9b
 class CoRegularizedAL(_Classifiers):
     "C_region (three levels), C_image and the terms that they add to L_seg: Eq. 3 to 10 with the switches of Table 1."
 

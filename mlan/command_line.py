@@ -6,7 +6,7 @@
 __all__ = ['DEMO', 'command_run', 'command_check', 'command_evaluate', 'command_predict', 'demo', 'command_demo',
            'command_report', 'main']
 
-# %% ../nbs/13_command_line.ipynb #a329746d
+# %% ../nbs/13_command_line.ipynb #5738737b
 import argparse
 import json
 import sys
@@ -21,7 +21,7 @@ from .evaluation import colorize, comparison_table, evaluate, method_title, netw
 from .train import load_segmenter, report_runs, run_mlan
 from .trainer import PLANS, PROFILES, Settings, TrainingError
 
-# %% ../nbs/13_command_line.ipynb #3b6cd32a
+# %% ../nbs/13_command_line.ipynb #03744dc5
 def _add_settings(parser):
     "A flag for every field of Settings that isn't an argument of its own."
     for f in fields(Settings):
@@ -38,18 +38,20 @@ def command_run(args) -> None:
         print(comparison_table({result.record["method"]: result.record}))
     print(f"\nreport: {result.out / 'report.html'}   weights: {result.out / 'checkpoint.pt'}")
 
-# %% ../nbs/13_command_line.ipynb #5a8ebba1
+# %% ../nbs/13_command_line.ipynb #54de8677
 def command_check(args) -> None:
     "Read every file of a data set; print what is there, split by split."
     for split in args.splits:
         found = check_dataset(open_dataset(args.data, split))
-        print(f"{args.data} {split}: {found['n']} images, sizes {found['sizes']}, {'labelled' if found['labelled'] else 'no labels'}")
+        labels = "labelled" if found["labelled"] else "no labels"
+        print(f"{args.data} {split}: {found['n']} images, sizes {found['sizes']}, {labels}")
         if found["labelled"]:
-            print("  " + ", ".join(f"{name} {share:.1%}" for name, share in found["classes"].items()) + f", ignored {found['ignored']:.1%}")
+            shares = [f"{name} {share:.1%}" for name, share in found["classes"].items()]
+            print("  " + ", ".join([*shares, f"ignored {found['ignored']:.1%}"]))
         for warning in found["warnings"]:
             print(f"  note: {warning}")
 
-# %% ../nbs/13_command_line.ipynb #14d2d12a
+# %% ../nbs/13_command_line.ipynb #9ca9f183
 def command_evaluate(args) -> None:
     "Score a checkpoint on a labelled split."
     net, about = load_segmenter(args.checkpoint, args.device)
@@ -78,7 +80,7 @@ def command_predict(args) -> None:
     (out / "classes.json").write_text(json.dumps(dict(enumerate(about["classes"])), indent=1))
     print(f"{len(files)} images labelled in {out}: ids/ (class numbers), colors/, classes.json")
 
-# %% ../nbs/13_command_line.ipynb #174da8ef
+# %% ../nbs/13_command_line.ipynb #3b187044
 DEMO = ("source_only", "cr_al", "mlan", "oracle")
 
 
@@ -104,12 +106,12 @@ def command_demo(args) -> None:
     print(comparison_table({m: r.record for m, r in results.items()}))
     print(f"\nCR-AL against source only: {gain:+.1f} points.   Pictures, curves, settings: {Path(args.out) / 'report.html'}")
 
-# %% ../nbs/13_command_line.ipynb #c7958dea
+# %% ../nbs/13_command_line.ipynb #a956c27b
 def command_report(args) -> None:
     "One report on several runs of a pair."
     print(report_runs(args.runs, args.out))
 
-
+# %% ../nbs/13_command_line.ipynb #7dc1a8e8
 def _parser():
     parser = argparse.ArgumentParser("mlan", description="Multi-level adversarial network for domain adaptive semantic segmentation.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['pseudo_labels', 'class_thresholds', 'PseudoLabels', 'label_target']
 
-# %% ../nbs/09_self_training.ipynb #361a096f
+# %% ../nbs/09_self_training.ipynb #60a19eeb
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from .co_regularized_al import resize_map
 from .networks import resize
 
-# %% ../nbs/09_self_training.ipynb #cf57fc56
+# %% ../nbs/09_self_training.ipynb #c26deaa8
 def pseudo_labels(probabilities: Tensor,  # (B, C, H, W), sum to 1 over C
                   thresholds: Tensor,  # (C,) exp(-k_c), from `class_thresholds`
                   weights: Tensor | None = None,  # (B, H, W) M_multi at image size with mean 1, or None for plain ST
@@ -25,7 +25,7 @@ def pseudo_labels(probabilities: Tensor,  # (B, C, H, W), sum to 1 over C
     best, labels = passing.max(1)
     return labels.masked_fill(best < 0, 255)
 
-# %% ../nbs/09_self_training.ipynb #3369d49f
+# %% ../nbs/09_self_training.ipynb #e3031f42
 def class_thresholds(scores: Tensor,  # (P,) p^c x M_multi of each pixel's predicted class c
                      predicted: Tensor,  # int (P,) that class
                      n_classes: int,  # C
@@ -42,7 +42,7 @@ def class_thresholds(scores: Tensor,  # (P,) p^c x M_multi of each pixel's predi
             thresholds[c] = own[kept] if kept < len(own) else -1.0
     return thresholds
 
-# %% ../nbs/09_self_training.ipynb #68fa98d1
+# %% ../nbs/09_self_training.ipynb #94279d5d
 @dataclass(frozen=True)
 class PseudoLabels:
     "Pseudo labels of n target images and how they came about."
@@ -50,7 +50,7 @@ class PseudoLabels:
     thresholds: Tensor  # (C,) exp(-k_c)
     coverage: float  # share of pixels with a label
 
-# %% ../nbs/09_self_training.ipynb #fbb8fb53
+# %% ../nbs/09_self_training.ipynb #6bdc2f0c
 @torch.no_grad()
 def label_target(predict,  # images (B, 3, H, W) -> logits (B, C, h, w)
                  batches,  # function () -> iterable of images, in the data set's order
@@ -70,7 +70,7 @@ def label_target(predict,  # images (B, 3, H, W) -> logits (B, C, h, w)
                         for p, w in _probabilities(predict, batches(), maps)])
     return PseudoLabels(labels, thresholds, (labels != 255).float().mean().item())
 
-# %% ../nbs/09_self_training.ipynb #ed6eceae
+# %% ../nbs/09_self_training.ipynb #e304d065
 def _probabilities(predict, batches, maps):
     "Probabilities at image size, and the map at image size, batch by batch."
     done = 0

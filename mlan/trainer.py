@@ -7,7 +7,7 @@ __all__ = ['PLANS', 'QUICK', 'PROFILES', 'CHOICES', 'Plan', 'Settings', 'make_se
            'train_loop', 'poly', 'segmentation_optimiser', 'critic_optimiser', 'both_flows', 'SegmentationStep',
            'apply_update', 'TranslationStep']
 
-# %% ../nbs/11_trainer.ipynb #24002c1e
+# %% ../nbs/11_trainer.ipynb #b62bd976
 import json
 import os
 import time
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from .co_regularized_al import ABLATIONS, MAP_WEIGHTS, CoRegularizedAL, Flow
 from .networks import BACKBONES, Segmenter, freeze_batch_norm, segmentation_loss
@@ -24,7 +24,7 @@ from .region_al import adaptive_weight
 from .region_labels import DESCRIPTORS, region_grid
 from .translation import TranslationPair
 
-# %% ../nbs/11_trainer.ipynb #4bdb88df
+# %% ../nbs/11_trainer.ipynb #118c42ee
 @dataclass(frozen=True)
 class Plan:
     "The stages of a method."
@@ -46,7 +46,7 @@ PLANS = {name: Plan(name) for name in ABLATIONS} | {
     "oracle": Plan("source_only"),
 }
 
-# %% ../nbs/11_trainer.ipynb #cdec2ffd
+# %% ../nbs/11_trainer.ipynb #c7023861
 @dataclass(frozen=True)
 class _DataSettings:
     source: str = ""  # "streets:engine", "airsim_nh", "folder:PATH", ...
@@ -62,7 +62,7 @@ class _DataSettings:
     n_val: int = 0  # images of the target's val split, on which weights of the losses are chosen
     n_test: int = 0  # images of the target's test split, the one reported
 
-# %% ../nbs/11_trainer.ipynb #e315dbb4
+# %% ../nbs/11_trainer.ipynb #2944d9af
 @dataclass(frozen=True)
 class _ModelSettings(_DataSettings):
     patches: tuple = (32, 64, 128)  # region sizes in training pixels (R1)
@@ -75,7 +75,7 @@ class _ModelSettings(_DataSettings):
     critic_width: int = 64  # C_image's first channels (Section 4.2)
     pooling: str = "resize"  # R7
 
-# %% ../nbs/11_trainer.ipynb #d0fcd44a
+# %% ../nbs/11_trainer.ipynb #f069fbb2
 @dataclass(frozen=True)
 class _TrainingSettings(_ModelSettings):
     warmup_steps: int = 0  # source-only steps before adaptation; 0 with ImageNet weights, as in the paper
@@ -96,7 +96,7 @@ class _TrainingSettings(_ModelSettings):
     map_weights: str = "raw"  # R9
     reading: str = "entropy"  # R4
 
-# %% ../nbs/11_trainer.ipynb #99e236bf
+# %% ../nbs/11_trainer.ipynb #9fa9c8d7
 @dataclass(frozen=True)
 class Settings(_TrainingSettings):
     "All that determines a run's result, flat. Lengths in steps, sizes (height, width) in pixels."
@@ -113,15 +113,16 @@ class Settings(_TrainingSettings):
     val_every: int = 0  # score val every so many steps while training, 0 = never
     checkpoint_every: int = 1000
 
-# %% ../nbs/11_trainer.ipynb #857782bb
-QUICK = dict(size=(64, 128), target_size=(64, 128), patches=(8, 16, 32), backbone="small", weights="none",
-             warmup_steps=900, warmup_lr=0.02, steps=500, schedule_steps=500, batch_size=6, lr=0.005, head_lr=1.0,
-             lambda_region=0.1, lambda_ent=0.05, lambda_image=3e-4, ramp_steps=100, critic_width=16,
+# %% ../nbs/11_trainer.ipynb #76467aec
+QUICK = dict(size=(64, 128), target_size=(64, 128), patches=(8, 16, 32), min_samples=4, backbone="small", weights="none",
+             warmup_steps=900, warmup_lr=0.02, steps=500, schedule_steps=500, batch_size=6, lr=0.02, head_lr=1.0,
+             critic_lr=1e-3, critic_width=16, ramp_steps=100, map_weights="normalised",
+             lambda_region=0.1, lambda_ent=0.1, lambda_image=0.02,
              translation_steps=300, translation_lr=1e-3, translation_batch=4, translation_width=16, portions=(0.5,),
-             self_training_steps=200, self_training_lr=0.002, log_every=20, val_every=100, checkpoint_every=100)
+             self_training_steps=200, self_training_lr=0.005, log_every=20, val_every=250, checkpoint_every=100)
 PROFILES = {"quick": QUICK, "paper": {}}
 
-# %% ../nbs/11_trainer.ipynb #9122f852
+# %% ../nbs/11_trainer.ipynb #1756c2ef
 CHOICES = {"method": tuple(PLANS), "profile": tuple(PROFILES), "backbone": BACKBONES, "descriptor": DESCRIPTORS,
            "map_weights": MAP_WEIGHTS, "reading": ("entropy", "literal"), "pooling": ("resize", "adaptive")}
 _AT_LEAST_ONE = ("steps", "schedule_steps", "batch_size", "translation_steps", "translation_batch", "self_training_steps",
@@ -164,7 +165,7 @@ def _typed(name, default, value):
     except (TypeError, ValueError):
         raise ValueError(f"setting {name} must be like {default!r} ({kind.__name__}), not {value!r}") from None
 
-# %% ../nbs/11_trainer.ipynb #9f7493a4
+# %% ../nbs/11_trainer.ipynb #7eb84d99
 class TrainingError(RuntimeError):
     "Training cannot go on; the message names stage, step, and the checkpoint that is kept."
 
@@ -175,7 +176,7 @@ def save_atomically(value, path: Path):
     torch.save(value, part)
     part.replace(path)
 
-# %% ../nbs/11_trainer.ipynb #ef0bf89b
+# %% ../nbs/11_trainer.ipynb #b6fad092
 def _resume(parts, checkpoint, log):
     "Load a checkpoint if there is one; returns the step to go on from, and cuts the log to it."
     if not checkpoint.exists():
@@ -199,7 +200,7 @@ def _stop_if_not_finite(rows, done, checkpoint, title):
                 raise TrainingError(f"{title}: {name} is not finite at step {done - len(rows) + i + 1}; {kept}; "
                                     "lower the learning rate or the lambdas")
 
-# %% ../nbs/11_trainer.ipynb #1f679ac1
+# %% ../nbs/11_trainer.ipynb #6c144e86
 def train_loop(step,  # object with .parts {name: has state_dict} and __call__(i) -> {name: scalar tensor}
                steps: int, prefix: Path,  # log is PREFIX.jsonl, checkpoint PREFIX.partial.pt
                settings: Settings, validate=None,  # function () -> mIoU on val
@@ -225,7 +226,7 @@ def train_loop(step,  # object with .parts {name: has state_dict} and __call__(i
             save_atomically({"step": done, "parts": parts, "rng": torch.get_rng_state()}, checkpoint)
     return log
 
-# %% ../nbs/11_trainer.ipynb #84e9794d
+# %% ../nbs/11_trainer.ipynb #42a669f1
 def poly(step: int, steps: int, power: float = 0.9) -> float:
     "The poly schedule: (1 - step / steps) ** power, and never quite zero."
     return (1 - min(step, steps - 1) / steps) ** power
@@ -243,7 +244,7 @@ def critic_optimiser(alignment: CoRegularizedAL | None, settings: Settings) -> t
     if alignment and alignment.critics:
         return torch.optim.Adam([p for c in alignment.critics for p in c.parameters()], settings.critic_lr, (0.9, 0.99))
 
-# %% ../nbs/11_trainer.ipynb #a9eeb073
+# %% ../nbs/11_trainer.ipynb #3bc8447f
 def both_flows(net: Segmenter, source: tuple,  # images (B, 3, H, W), region labels a level
                target: Tensor,  # images (B, 3, H', W')
                patches: tuple,  # s, 2s, 4s
@@ -257,7 +258,7 @@ def both_flows(net: Segmenter, source: tuple,  # images (B, 3, H, W), region lab
         f_s, f_t = net.extractor(images), net.extractor(target)
     return Flow(f_s, grids_s, regions), Flow(f_t, grids_t)
 
-# %% ../nbs/11_trainer.ipynb #348cf4df
+# %% ../nbs/11_trainer.ipynb #a011d276
 class SegmentationStep:
     "One step of Eq. 10 for E, C_seg, C_region and C_image; without an alignment, of Eq. 2 or 14."
 
@@ -293,7 +294,7 @@ class SegmentationStep:
     def _update(self, terms, critic):
         return apply_update(self.sgd, terms) | (apply_update(self.adam, critic) if critic else {})
 
-# %% ../nbs/11_trainer.ipynb #0800cb4b
+# %% ../nbs/11_trainer.ipynb #e55d7398
 def apply_update(optimiser: torch.optim.Optimizer, terms: dict) -> dict:  # {name: scalar} for the log
     "Zero, backward, step; only what the optimiser owns moves."
     optimiser.zero_grad(set_to_none=True)
@@ -301,7 +302,7 @@ def apply_update(optimiser: torch.optim.Optimizer, terms: dict) -> dict:  # {nam
     optimiser.step()
     return {k if "/" in k else f"loss/{k}": v.detach().abs() for k, v in terms.items()}
 
-# %% ../nbs/11_trainer.ipynb #f6036a5e
+# %% ../nbs/11_trainer.ipynb #8d1eafb2
 class TranslationStep:
     "One step of Eq. 12: generators, then critics."
 
