@@ -6,11 +6,12 @@
 __all__ = ['DEMO', 'command_run', 'command_check', 'command_evaluate', 'command_predict', 'demo', 'command_demo',
            'command_report', 'main']
 
-# %% ../nbs/13_command_line.ipynb #5738737b
+# %% ../nbs/13_command_line.ipynb #d907ac5b
 import argparse
 import json
 import sys
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from .evaluation import colorize, comparison_table, evaluate, method_title, netw
 from .train import load_segmenter, report_runs, run_mlan
 from .trainer import PLANS, PROFILES, Settings, TrainingError
 
-# %% ../nbs/13_command_line.ipynb #03744dc5
+# %% ../nbs/13_command_line.ipynb #25bea234
 def _add_settings(parser):
     "A flag for every field of Settings that isn't an argument of its own."
     for f in fields(Settings):
@@ -38,7 +39,7 @@ def command_run(args) -> None:
         print(comparison_table({result.record["method"]: result.record}))
     print(f"\nreport: {result.out / 'report.html'}   weights: {result.out / 'checkpoint.pt'}")
 
-# %% ../nbs/13_command_line.ipynb #54de8677
+# %% ../nbs/13_command_line.ipynb #9cd1d775
 def command_check(args) -> None:
     "Read every file of a data set; print what is there, split by split."
     for split in args.splits:
@@ -51,7 +52,7 @@ def command_check(args) -> None:
         for warning in found["warnings"]:
             print(f"  note: {warning}")
 
-# %% ../nbs/13_command_line.ipynb #9ca9f183
+# %% ../nbs/13_command_line.ipynb #b35df447
 def command_evaluate(args) -> None:
     "Score a checkpoint on a labelled split."
     net, about = load_segmenter(args.checkpoint, args.device)
@@ -80,7 +81,7 @@ def command_predict(args) -> None:
     (out / "classes.json").write_text(json.dumps(dict(enumerate(about["classes"])), indent=1))
     print(f"{len(files)} images labelled in {out}: ids/ (class numbers), colors/, classes.json")
 
-# %% ../nbs/13_command_line.ipynb #3b187044
+# %% ../nbs/13_command_line.ipynb #9a0cf1e8
 DEMO = ("source_only", "cr_al", "mlan", "oracle")
 
 
@@ -106,24 +107,25 @@ def command_demo(args) -> None:
     print(comparison_table({m: r.record for m, r in results.items()}))
     print(f"\nCR-AL against source only: {gain:+.1f} points.   Pictures, curves, settings: {Path(args.out) / 'report.html'}")
 
-# %% ../nbs/13_command_line.ipynb #a956c27b
+# %% ../nbs/13_command_line.ipynb #a1d14f2c
 def command_report(args) -> None:
     "One report on several runs of a pair."
     print(report_runs(args.runs, args.out))
 
-# %% ../nbs/13_command_line.ipynb #7dc1a8e8
+# %% ../nbs/13_command_line.ipynb #2202efa9
+def _command(commands, function, help, **flags):
+    "A subcommand that calls the function; a flag with nargs and no default is an argument by position."
+    sub = commands.add_parser(function.__name__.removeprefix("command_"), help=help, description=function.__doc__)
+    for name, options in flags.items():
+        sub.add_argument(name if options.get("nargs") and "default" not in options else f"--{name}", **options)
+    sub.add_argument("--quiet", action="store_true", help="no progress bars")
+    sub.set_defaults(function=function)
+    return sub
+
+
 def _parser():
     parser = argparse.ArgumentParser("mlan", description="Multi-level adversarial network for domain adaptive semantic segmentation.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    def command(function, help, **flags):
-        sub = commands.add_parser(function.__name__.removeprefix("command_"), help=help, description=function.__doc__)
-        for name, options in flags.items():
-            sub.add_argument(name if options.get("nargs") and "default" not in options else f"--{name}", **options)
-        sub.add_argument("--quiet", action="store_true", help="no progress bars")
-        sub.set_defaults(function=function)
-        return sub
-
+    command = partial(_command, parser.add_subparsers(required=True, metavar="COMMAND"))
     needed, device = {"required": True}, {"default": "cuda" if torch.cuda.is_available() else "cpu"}
     run = command(command_run, "adapt from a labelled source to an unlabelled target", source=needed, target=needed,
                   method={"default": "mlan", "choices": list(PLANS)}, profile={"default": "quick", "choices": list(PROFILES)},
@@ -137,7 +139,7 @@ def _parser():
     command(command_demo, "watch the method on built-in scenes", out={"default": "runs/demo"}, seed={"default": "0"})
     return parser
 
-
+# %% ../nbs/13_command_line.ipynb #b5e19981
 def main(argv: list | None = None) -> int:  # exit status: 0, or 2 where the input was wrong
     "The `mlan` command."
     args = _parser().parse_args(argv)

@@ -7,7 +7,7 @@ __all__ = ['CITYSCAPES', 'SYNTHIA16', 'AIRSIM_NH', 'CAMVID', 'LAYOUTS', 'DataErr
            'merged_groups', 'SharedClasses', 'label_table', 'shared_classes', 'Streets', 'read_image', 'read_labels',
            'PairedFolder', 'camvid', 'airsim_nh', 'folder', 'open_dataset', 'check_dataset', 'Samples', 'Stream']
 
-# %% ../nbs/01_datasets.ipynb #6de7c9c7
+# %% ../nbs/01_datasets.ipynb #0f2eea2f
 import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from .streets import CITYSCAPES_CLASSES, CITYSCAPES_COLORS, DOMAINS, IGNORE, SPLITS, draw_street
 
-# %% ../nbs/01_datasets.ipynb #91cc8897
+# %% ../nbs/01_datasets.ipynb #0ef3de06
 class DataError(ValueError):
     "Something is wrong with the data: the message names the file or the argument, and the mend."
 
@@ -37,7 +37,7 @@ def _require(ok: bool, message: str) -> None:
 def _known_split(split: str) -> None:
     _require(split in SPLITS, f"There is no split {split!r}: write one of {', '.join(SPLITS)}.")
 
-# %% ../nbs/01_datasets.ipynb #a8ec927d
+# %% ../nbs/01_datasets.ipynb #2607a875
 @dataclass(frozen=True)
 class LabelSpace:
     "What the ids of a data set's label images mean, told in Cityscapes' classes."
@@ -63,7 +63,7 @@ class LabelSpace:
         first = [min(cover, key=CITYSCAPES_CLASSES.index, default=None) for cover in self.covers]
         return np.array([palette.get(name, (0, 0, 0)) for name in first], np.uint8)
 
-# %% ../nbs/01_datasets.ipynb #6237b85a
+# %% ../nbs/01_datasets.ipynb #48ff03f5
 def cityscapes_subset(
     name: str,  # the new label space's name
     without: tuple[str, ...] = (),  # Cityscapes classes that it lacks
@@ -80,7 +80,7 @@ SYNTHIA16 = cityscapes_subset("synthia16", without=("terrain", "truck", "train")
 _RARE = ("traffic light", "traffic sign", "person", "rider", "truck", "bus", "train", "motorcycle", "bicycle")
 AIRSIM_NH = cityscapes_subset("airsim_nh", without=("sidewalk", *_RARE), road="sidewalk")
 
-# %% ../nbs/01_datasets.ipynb #bc65023d
+# %% ../nbs/01_datasets.ipynb #d6425170
 _CAMVID = {
     "Sky": "sky", "Building": "building, wall", "Pole": "pole", "Road": "road", "Sidewalk": "sidewalk",
     "Tree": "vegetation, terrain", "SignSymbol": "traffic sign, traffic light", "Fence": "fence",
@@ -89,7 +89,7 @@ _CAMVID = {
 _CAMVID_COVERS = tuple(frozenset(names.split(", ")) for names in _CAMVID.values())
 CAMVID = LabelSpace("camvid", tuple(_CAMVID), _CAMVID_COVERS, ids=tuple(range(11)), ignore=(11, IGNORE))
 
-# %% ../nbs/01_datasets.ipynb #a90a14f1
+# %% ../nbs/01_datasets.ipynb #df07e3c2
 def merged_groups(
     *spaces: LabelSpace,  # the label spaces that must agree
 ) -> list[tuple[str, ...]]:  # groups of Cityscapes classes, each in Cityscapes' order
@@ -101,7 +101,7 @@ def merged_groups(
     ordered = [tuple(sorted(group, key=CITYSCAPES_CLASSES.index)) for group in groups]
     return sorted(ordered, key=lambda group: CITYSCAPES_CLASSES.index(group[0]))
 
-# %% ../nbs/01_datasets.ipynb #ca67e369
+# %% ../nbs/01_datasets.ipynb #5caccb0c
 @dataclass(frozen=True, eq=False)
 class SharedClasses:
     "The classes that a source and a target are both scored on, and how each one's raw ids lead to them."
@@ -126,7 +126,7 @@ def label_table(
         lut[raw] = next((k for k, group in enumerate(groups) if cover and cover <= set(group)), IGNORE)
     return lut
 
-# %% ../nbs/01_datasets.ipynb #5e0ab9e4
+# %% ../nbs/01_datasets.ipynb #b7b52335
 def shared_classes(
     source: LabelSpace,  # of the labelled data set
     target: LabelSpace,  # of the unlabelled one
@@ -139,7 +139,7 @@ def shared_classes(
     colors = np.array([CITYSCAPES_COLORS[CITYSCAPES_CLASSES.index(name)] for name in names], np.uint8)
     return SharedClasses(names, groups, colors, label_table(source, groups), label_table(target, groups))
 
-# %% ../nbs/01_datasets.ipynb #5e9c9feb
+# %% ../nbs/01_datasets.ipynb #917d7b81
 _draw_once = lru_cache(maxsize=4)(draw_street)  # image and labels cost one drawing
 
 
@@ -147,12 +147,12 @@ def _drawn(ds: "Streets", i: int) -> tuple[np.ndarray, np.ndarray]:
     "Scene i of a data set of streets: image and labels."
     return _draw_once(ds.domain, range(ds.n)[i], ds.size, ds.split, ds.seed, ds.layout_shift)
 
-# %% ../nbs/01_datasets.ipynb #b7303553
+# %% ../nbs/01_datasets.ipynb #8f626dec
 def _digest(*parts: object) -> str:
     "12 hexadecimal digits that change when any part does."
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
 
-# %% ../nbs/01_datasets.ipynb #dfb29e1e
+# %% ../nbs/01_datasets.ipynb #d806b8a5
 @dataclass
 class Streets:
     "The built-in scenes of one domain and split as a data set."
@@ -178,7 +178,7 @@ class Streets:
     def labels(self, i: int) -> np.ndarray: return _drawn(self, i)[1].copy()  # (H, W) uint8, train ids
     def fingerprint(self) -> str: return _digest(self, *(array.tobytes() for array in _drawn(self, 0)))
 
-# %% ../nbs/01_datasets.ipynb #51157c79
+# %% ../nbs/01_datasets.ipynb #0536f5ae
 def _read(path: Path, decode: callable) -> np.ndarray:
     "What `decode` makes of the opened file; whatever a broken file makes Pillow raise becomes one sentence."
     try:
@@ -199,7 +199,7 @@ def read_image(
         return np.array(ImageOps.exif_transpose(file).convert("RGB"))
     return _read(path, decode)
 
-# %% ../nbs/01_datasets.ipynb #e5b83fbd
+# %% ../nbs/01_datasets.ipynb #b5c8b235
 def read_labels(
     path: Path,  # a PNG file with one channel: grey with 1 to 16 bits, or with a palette
 ) -> np.ndarray:  # (H, W) uint8 raw ids
@@ -213,7 +213,7 @@ def read_labels(
         return ids.astype(np.uint8)
     return _read(path, decode)
 
-# %% ../nbs/01_datasets.ipynb #a877880f
+# %% ../nbs/01_datasets.ipynb #865f6714
 def _files_by_stem(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
     "Stem -> file, in the order of the names."
     _require(folder.is_dir(), f"There is no folder {folder}: make it, or correct the path that leads there.")
@@ -241,7 +241,7 @@ def _stats(pairs: dict[str, tuple[Path, ...]]) -> list[tuple[str, int, int]]:
     "Name, size and time of every file: what a fingerprint goes by, as reading them all would take too long."
     return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for pair in pairs.values() for file in pair]
 
-# %% ../nbs/01_datasets.ipynb #19f7552f
+# %% ../nbs/01_datasets.ipynb #495f8bb4
 class PairedFolder:
     "A folder of images and one of label images with the same stems."
 
@@ -271,7 +271,7 @@ class PairedFolder:
         "The same folders with these pairs only."
         return PairedFolder(self.folder, self.label_folder, self.space, self.title, stems)
 
-# %% ../nbs/01_datasets.ipynb #0c8cf333
+# %% ../nbs/01_datasets.ipynb #1055d3f9
 def camvid(
     root: Path,  # SegNet's layout: train, trainannot, val, valannot, test, testannot
     split: str,  # train, val or test
@@ -293,7 +293,7 @@ def airsim_nh(
         return whole.take([s for s in whole.stems if s.startswith("front") and frame[s] > 500])
     return whole.take([s for s in whole.stems if split == "test" or not 480 < frame[s] <= 620])
 
-# %% ../nbs/01_datasets.ipynb #401e0e8a
+# %% ../nbs/01_datasets.ipynb #3cfebeda
 def folder(
     root: Path,  # ROOT/images and ROOT/labels, or ROOT/{train,val,test}/{images,labels}; labels are optional
     split: str,  # train, val or test
@@ -317,7 +317,7 @@ def _block(stems: list[str], split: str, missing: list[str], base: Path) -> list
     start = 0 if split == "train" else first + part * missing.index(split)
     return stems[start : first if split == "train" else start + part]
 
-# %% ../nbs/01_datasets.ipynb #5b191692
+# %% ../nbs/01_datasets.ipynb #4cc4253c
 LAYOUTS = {"camvid": camvid, "airsim_nh": airsim_nh, "folder": folder}
 
 
@@ -342,7 +342,7 @@ def open_dataset(
     _require(n is None or n > 0, f"n={n} leaves nothing of {spec}: give n of at least 1.")
     return found if n is None or n >= len(found) else found.take([found.stems[i * len(found) // n] for i in range(n)])
 
-# %% ../nbs/01_datasets.ipynb #236e139e
+# %% ../nbs/01_datasets.ipynb #eb772ba0
 def _root(name: str, data_root: Path | None) -> Path:
     "The data set's own folder under `data_root` or MLAN_DATA."
     above = data_root or os.environ.get("MLAN_DATA")
@@ -362,7 +362,7 @@ def _given(spec: object, split: str) -> object:
     _require(not lacks, f"A {type(spec).__name__} is no data set, as it lacks {lacks}: give a name or define them.")
     return spec
 
-# %% ../nbs/01_datasets.ipynb #309f7b8e
+# %% ../nbs/01_datasets.ipynb #1874894b
 def _check_pair(ds: object, i: int) -> tuple[tuple[int, int], np.ndarray]:
     "Size and histogram of raw ids (256,) of one pair; DataError if they cannot be trained on."
     image, where, known = ds.image(i), ds.name(i), {*ds.space.ids, *ds.space.ignore}
@@ -381,7 +381,7 @@ def _check_pair(ds: object, i: int) -> tuple[tuple[int, int], np.ndarray]:
     _require(not strange, f"The labels of {where} hold {strange}, and {ours}: map them to these.")
     return size, counts
 
-# %% ../nbs/01_datasets.ipynb #db399a10
+# %% ../nbs/01_datasets.ipynb #4f6aa894
 def check_dataset(
     ds: object,  # a data set
     space_lut: np.ndarray | None = None,  # (256,) of SharedClasses: adds the share of pixels that is scored
@@ -408,7 +408,7 @@ def _shares(space: LabelSpace, counts: np.ndarray, lut: np.ndarray | None) -> di
     scored = {} if lut is None else {"scored": float(share[lut != IGNORE].sum())}
     return {"classes": classes, "ignored": float(share[list(space.ignore)].sum()), **scored}
 
-# %% ../nbs/01_datasets.ipynb #c499cce5
+# %% ../nbs/01_datasets.ipynb #32a75965
 def _sample(
     ds: object, i: int, size: tuple[int, int], lut: np.ndarray | None  # no labels are read if lut is None
 ) -> tuple[np.ndarray, np.ndarray]:  # (H, W, 3) and (H, W) uint8
@@ -420,7 +420,7 @@ def _sample(
     labels = Image.fromarray(ds.labels(i)).resize((width, height), Image.Resampling.NEAREST)
     return image, lut[np.array(labels)]
 
-# %% ../nbs/01_datasets.ipynb #7adad96c
+# %% ../nbs/01_datasets.ipynb #8acd7dd6
 class Samples:
     "A data set as tensors of one size: decoded once, kept in memory as uint8."
 
@@ -450,7 +450,7 @@ class Samples:
         _fill(self, workers, progress)
         return self
 
-# %% ../nbs/01_datasets.ipynb #5c6f2e49
+# %% ../nbs/01_datasets.ipynb #bf6744e3
 def _own_ids(space: LabelSpace) -> np.ndarray:  # (256,) uint8
     "The table that keeps a space's ids and sends its void to IGNORE."
     return np.where(np.isin(np.arange(256), space.ignore), IGNORE, np.arange(256)).astype(np.uint8)
@@ -477,7 +477,7 @@ def _fill(samples: Samples, workers: int, progress: bool) -> None:
     for i, pair in zip(todo, tqdm(made, total=len(todo), desc="loading", disable=not progress)):
         _tensors(samples, i, pair)
 
-# %% ../nbs/01_datasets.ipynb #516bb52a
+# %% ../nbs/01_datasets.ipynb #5b237947
 @lru_cache(maxsize=16)
 def _order(n: int, seed: int, epoch: int) -> np.ndarray:
     "The permutation of one epoch, from a generator of its own."

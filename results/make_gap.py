@@ -32,7 +32,8 @@ def adabn(run: Path, record: dict) -> dict:
     "The record of AdaBN on a run's checkpoint."
     net, about = load_segmenter(run / "checkpoint.pt")
     s, size = record["settings"], about["size"]
-    train, test = (open_dataset(record["target"], k, size, s["data_seed"], s[n] or None) for k, n in (("train", "n_target"), ("test", "n_test")))
+    train, test = (open_dataset(record["target"], split, size, s["data_seed"], s[n] or None)
+                   for split, n in (("train", "n_target"), ("test", "n_test")))
     net = re_estimate(net, Samples(train, size, labelled=False).load(2))
     scores = evaluate(net, test, label_table(test.space, about["members"]), about["classes"], size)
     return {**record, **scores.record(), "method": "adabn"}

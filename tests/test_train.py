@@ -62,12 +62,13 @@ def test_a_setting_that_matters_makes_a_new_stage(setting, stage, tmp_path):
     assert keys[0] != keys[1]
 
 
-@pytest.mark.parametrize("method", ["mlan", "cr_al"])
+@pytest.mark.parametrize("method", ["mlan"])
 def test_killed_run_ends_as_the_uninterrupted_one(method, tmp_path):
     settings = {**FEW, "warmup_steps": 40, "steps": 40, "schedule_steps": 40}
-    code = f"from mlan.train import run_mlan; run_mlan(*{PAIR}, {method!r}, out=r'{tmp_path / 'killed'}', progress=False, **{settings})"
+    code = (f"import torch; torch.set_num_threads({torch.get_num_threads()}); from mlan.train import run_mlan; "
+            f"run_mlan(*{PAIR}, {method!r}, out=r'{tmp_path / 'killed'}', progress=False, **{settings})")
     whole = run_mlan(*PAIR, method, out=tmp_path / "whole", progress=False, **settings)
-    for wait in (9, 12):
+    for wait in (8, 10):
         process = subprocess.Popen([sys.executable, "-c", code])
         time.sleep(wait)
         process.send_signal(signal.SIGKILL)
@@ -84,12 +85,13 @@ def test_interrupted_inside_a_stage_goes_on_from_its_checkpoint(tmp_path, monkey
     data = open_pair(settings)
     whole = walk(Run(settings, data, tmp_path / "a"))
     import mlan.train
-    calls = []
+    calls, run = [], {}
     step = mlan.train.SegmentationStep.__call__
 
     def stops(self, i):
         calls.append(i)
-        if self.alignment and i == 5:
+        if self.alignment and i == 5 and not run.get("stopped"):
+            run["stopped"] = True
             raise KeyboardInterrupt
         return step(self, i)
 
