@@ -7,7 +7,7 @@ __all__ = ['CITYSCAPES', 'SYNTHIA16', 'AIRSIM_NH', 'CAMVID', 'LAYOUTS', 'DataErr
            'merged_groups', 'SharedClasses', 'label_table', 'shared_classes', 'Streets', 'read_image', 'read_labels',
            'PairedFolder', 'camvid', 'airsim_nh', 'folder', 'open_dataset', 'check_dataset', 'Samples', 'Stream']
 
-# %% ../nbs/01_datasets.ipynb #0f2eea2f
+# %% ../nbs/01_datasets.ipynb #b7cd6644
 import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -18,13 +18,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from joblib import Parallel, delayed
+from joblib.externals.loky import get_reusable_executor
 from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
 from .streets import CITYSCAPES_CLASSES, CITYSCAPES_COLORS, DOMAINS, IGNORE, SPLITS, draw_street
 
-# %% ../nbs/01_datasets.ipynb #0ef3de06
+# %% ../nbs/01_datasets.ipynb #69a93aed
 class DataError(ValueError):
     "Something is wrong with the data: the message names the file or the argument, and the mend."
 
@@ -37,7 +38,7 @@ def _require(ok: bool, message: str) -> None:
 def _known_split(split: str) -> None:
     _require(split in SPLITS, f"There is no split {split!r}: write one of {', '.join(SPLITS)}.")
 
-# %% ../nbs/01_datasets.ipynb #2607a875
+# %% ../nbs/01_datasets.ipynb #cb34f72b
 @dataclass(frozen=True)
 class LabelSpace:
     "What the ids of a data set's label images mean, told in Cityscapes' classes."
@@ -63,7 +64,7 @@ class LabelSpace:
         first = [min(cover, key=CITYSCAPES_CLASSES.index, default=None) for cover in self.covers]
         return np.array([palette.get(name, (0, 0, 0)) for name in first], np.uint8)
 
-# %% ../nbs/01_datasets.ipynb #48ff03f5
+# %% ../nbs/01_datasets.ipynb #1eeaf647
 def cityscapes_subset(
     name: str,  # the new label space's name
     without: tuple[str, ...] = (),  # Cityscapes classes that it lacks
@@ -80,7 +81,7 @@ SYNTHIA16 = cityscapes_subset("synthia16", without=("terrain", "truck", "train")
 _RARE = ("traffic light", "traffic sign", "person", "rider", "truck", "bus", "train", "motorcycle", "bicycle")
 AIRSIM_NH = cityscapes_subset("airsim_nh", without=("sidewalk", *_RARE), road="sidewalk")
 
-# %% ../nbs/01_datasets.ipynb #d6425170
+# %% ../nbs/01_datasets.ipynb #7b7f70ae
 _CAMVID = {
     "Sky": "sky", "Building": "building, wall", "Pole": "pole", "Road": "road", "Sidewalk": "sidewalk",
     "Tree": "vegetation, terrain", "SignSymbol": "traffic sign, traffic light", "Fence": "fence",
@@ -89,7 +90,7 @@ _CAMVID = {
 _CAMVID_COVERS = tuple(frozenset(names.split(", ")) for names in _CAMVID.values())
 CAMVID = LabelSpace("camvid", tuple(_CAMVID), _CAMVID_COVERS, ids=tuple(range(11)), ignore=(11, IGNORE))
 
-# %% ../nbs/01_datasets.ipynb #df07e3c2
+# %% ../nbs/01_datasets.ipynb #fae1ca2b
 def merged_groups(
     *spaces: LabelSpace,  # the label spaces that must agree
 ) -> list[tuple[str, ...]]:  # groups of Cityscapes classes, each in Cityscapes' order
@@ -101,7 +102,7 @@ def merged_groups(
     ordered = [tuple(sorted(group, key=CITYSCAPES_CLASSES.index)) for group in groups]
     return sorted(ordered, key=lambda group: CITYSCAPES_CLASSES.index(group[0]))
 
-# %% ../nbs/01_datasets.ipynb #5caccb0c
+# %% ../nbs/01_datasets.ipynb #e60cd5f6
 @dataclass(frozen=True, eq=False)
 class SharedClasses:
     "The classes that a source and a target are both scored on, and how each one's raw ids lead to them."
@@ -126,7 +127,7 @@ def label_table(
         lut[raw] = next((k for k, group in enumerate(groups) if cover and cover <= set(group)), IGNORE)
     return lut
 
-# %% ../nbs/01_datasets.ipynb #b7b52335
+# %% ../nbs/01_datasets.ipynb #382d0eed
 def shared_classes(
     source: LabelSpace,  # of the labelled data set
     target: LabelSpace,  # of the unlabelled one
@@ -139,7 +140,7 @@ def shared_classes(
     colors = np.array([CITYSCAPES_COLORS[CITYSCAPES_CLASSES.index(name)] for name in names], np.uint8)
     return SharedClasses(names, groups, colors, label_table(source, groups), label_table(target, groups))
 
-# %% ../nbs/01_datasets.ipynb #917d7b81
+# %% ../nbs/01_datasets.ipynb #0bd52574
 _draw_once = lru_cache(maxsize=4)(draw_street)  # image and labels cost one drawing
 
 
@@ -147,12 +148,12 @@ def _drawn(ds: "Streets", i: int) -> tuple[np.ndarray, np.ndarray]:
     "Scene i of a data set of streets: image and labels."
     return _draw_once(ds.domain, range(ds.n)[i], ds.size, ds.split, ds.seed, ds.layout_shift)
 
-# %% ../nbs/01_datasets.ipynb #8f626dec
+# %% ../nbs/01_datasets.ipynb #a0d645b5
 def _digest(*parts: object) -> str:
     "12 hexadecimal digits that change when any part does."
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
 
-# %% ../nbs/01_datasets.ipynb #d806b8a5
+# %% ../nbs/01_datasets.ipynb #74a82a2c
 @dataclass
 class Streets:
     "The built-in scenes of one domain and split as a data set."
@@ -178,7 +179,7 @@ class Streets:
     def labels(self, i: int) -> np.ndarray: return _drawn(self, i)[1].copy()  # (H, W) uint8, train ids
     def fingerprint(self) -> str: return _digest(self, *(array.tobytes() for array in _drawn(self, 0)))
 
-# %% ../nbs/01_datasets.ipynb #0536f5ae
+# %% ../nbs/01_datasets.ipynb #f6d93196
 def _read(path: Path, decode: callable) -> np.ndarray:
     "What `decode` makes of the opened file; whatever a broken file makes Pillow raise becomes one sentence."
     try:
@@ -199,7 +200,7 @@ def read_image(
         return np.array(ImageOps.exif_transpose(file).convert("RGB"))
     return _read(path, decode)
 
-# %% ../nbs/01_datasets.ipynb #b5c8b235
+# %% ../nbs/01_datasets.ipynb #10ad855a
 def read_labels(
     path: Path,  # a PNG file with one channel: grey with 1 to 16 bits, or with a palette
 ) -> np.ndarray:  # (H, W) uint8 raw ids
@@ -213,7 +214,7 @@ def read_labels(
         return ids.astype(np.uint8)
     return _read(path, decode)
 
-# %% ../nbs/01_datasets.ipynb #865f6714
+# %% ../nbs/01_datasets.ipynb #0d4a9ce4
 def _files_by_stem(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
     "Stem -> file, in the order of the names."
     _require(folder.is_dir(), f"There is no folder {folder}: make it, or correct the path that leads there.")
@@ -241,7 +242,7 @@ def _stats(pairs: dict[str, tuple[Path, ...]]) -> list[tuple[str, int, int]]:
     "Name, size and time of every file: what a fingerprint goes by, as reading them all would take too long."
     return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for pair in pairs.values() for file in pair]
 
-# %% ../nbs/01_datasets.ipynb #495f8bb4
+# %% ../nbs/01_datasets.ipynb #37c132d8
 class PairedFolder:
     "A folder of images and one of label images with the same stems."
 
@@ -271,7 +272,7 @@ class PairedFolder:
         "The same folders with these pairs only."
         return PairedFolder(self.folder, self.label_folder, self.space, self.title, stems)
 
-# %% ../nbs/01_datasets.ipynb #1055d3f9
+# %% ../nbs/01_datasets.ipynb #1b7eb0e8
 def camvid(
     root: Path,  # SegNet's layout: train, trainannot, val, valannot, test, testannot
     split: str,  # train, val or test
@@ -293,7 +294,7 @@ def airsim_nh(
         return whole.take([s for s in whole.stems if s.startswith("front") and frame[s] > 500])
     return whole.take([s for s in whole.stems if split == "test" or not 480 < frame[s] <= 620])
 
-# %% ../nbs/01_datasets.ipynb #3cfebeda
+# %% ../nbs/01_datasets.ipynb #4299ef88
 def folder(
     root: Path,  # ROOT/images and ROOT/labels, or ROOT/{train,val,test}/{images,labels}; labels are optional
     split: str,  # train, val or test
@@ -317,7 +318,7 @@ def _block(stems: list[str], split: str, missing: list[str], base: Path) -> list
     start = 0 if split == "train" else first + part * missing.index(split)
     return stems[start : first if split == "train" else start + part]
 
-# %% ../nbs/01_datasets.ipynb #4cc4253c
+# %% ../nbs/01_datasets.ipynb #2915db92
 LAYOUTS = {"camvid": camvid, "airsim_nh": airsim_nh, "folder": folder}
 
 
@@ -342,7 +343,7 @@ def open_dataset(
     _require(n is None or n > 0, f"n={n} leaves nothing of {spec}: give n of at least 1.")
     return found if n is None or n >= len(found) else found.take([found.stems[i * len(found) // n] for i in range(n)])
 
-# %% ../nbs/01_datasets.ipynb #eb772ba0
+# %% ../nbs/01_datasets.ipynb #076e1082
 def _root(name: str, data_root: Path | None) -> Path:
     "The data set's own folder under `data_root` or MLAN_DATA."
     above = data_root or os.environ.get("MLAN_DATA")
@@ -362,7 +363,7 @@ def _given(spec: object, split: str) -> object:
     _require(not lacks, f"A {type(spec).__name__} is no data set, as it lacks {lacks}: give a name or define them.")
     return spec
 
-# %% ../nbs/01_datasets.ipynb #1874894b
+# %% ../nbs/01_datasets.ipynb #0555b633
 def _check_pair(ds: object, i: int) -> tuple[tuple[int, int], np.ndarray]:
     "Size and histogram of raw ids (256,) of one pair; DataError if they cannot be trained on."
     image, where, known = ds.image(i), ds.name(i), {*ds.space.ids, *ds.space.ignore}
@@ -381,7 +382,7 @@ def _check_pair(ds: object, i: int) -> tuple[tuple[int, int], np.ndarray]:
     _require(not strange, f"The labels of {where} hold {strange}, and {ours}: map them to these.")
     return size, counts
 
-# %% ../nbs/01_datasets.ipynb #4f6aa894
+# %% ../nbs/01_datasets.ipynb #39d67476
 def check_dataset(
     ds: object,  # a data set
     space_lut: np.ndarray | None = None,  # (256,) of SharedClasses: adds the share of pixels that is scored
@@ -408,7 +409,7 @@ def _shares(space: LabelSpace, counts: np.ndarray, lut: np.ndarray | None) -> di
     scored = {} if lut is None else {"scored": float(share[lut != IGNORE].sum())}
     return {"classes": classes, "ignored": float(share[list(space.ignore)].sum()), **scored}
 
-# %% ../nbs/01_datasets.ipynb #32a75965
+# %% ../nbs/01_datasets.ipynb #96808498
 def _sample(
     ds: object, i: int, size: tuple[int, int], lut: np.ndarray | None  # no labels are read if lut is None
 ) -> tuple[np.ndarray, np.ndarray]:  # (H, W, 3) and (H, W) uint8
@@ -420,7 +421,7 @@ def _sample(
     labels = Image.fromarray(ds.labels(i)).resize((width, height), Image.Resampling.NEAREST)
     return image, lut[np.array(labels)]
 
-# %% ../nbs/01_datasets.ipynb #8acd7dd6
+# %% ../nbs/01_datasets.ipynb #94d31eae
 class Samples:
     "A data set as tensors of one size: decoded once, kept in memory as uint8."
 
@@ -450,7 +451,7 @@ class Samples:
         _fill(self, workers, progress)
         return self
 
-# %% ../nbs/01_datasets.ipynb #bf6744e3
+# %% ../nbs/01_datasets.ipynb #14c3f38a
 def _own_ids(space: LabelSpace) -> np.ndarray:  # (256,) uint8
     "The table that keeps a space's ids and sends its void to IGNORE."
     return np.where(np.isin(np.arange(256), space.ignore), IGNORE, np.arange(256)).astype(np.uint8)
@@ -476,8 +477,10 @@ def _fill(samples: Samples, workers: int, progress: bool) -> None:
         delayed(_sample)(samples.ds, i, samples.size, samples._lut) for i in todo)
     for i, pair in zip(todo, tqdm(made, total=len(todo), desc="loading", disable=not progress)):
         _tensors(samples, i, pair)
+    if workers > 1 and kind == "processes":
+        get_reusable_executor().shutdown(wait=True)  # idle workers would hold up the exit of a forked parent for minutes
 
-# %% ../nbs/01_datasets.ipynb #5b237947
+# %% ../nbs/01_datasets.ipynb #1cde8ca8
 @lru_cache(maxsize=16)
 def _order(n: int, seed: int, epoch: int) -> np.ndarray:
     "The permutation of one epoch, from a generator of its own."

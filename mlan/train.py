@@ -8,7 +8,7 @@ __all__ = ['PairData', 'open_pair', 'digest', 'Run', 'source_batch', 'target_bat
            'Result', 'run_mlan', 'save_segmenter', 'load_segmenter', 'picture_rows', 'save_pictures', 'load_pictures',
            'report_runs']
 
-# %% ../nbs/12_train.ipynb #39884641
+# %% ../nbs/12_train.ipynb #ad36b3e9
 import hashlib
 import json
 import os
@@ -32,7 +32,7 @@ from .self_training import label_target
 from .trainer import PLANS, SegmentationStep, Settings, TranslationStep, make_settings, save_atomically, train_loop
 from .translation import TranslationPair, TranslationSettings
 
-# %% ../nbs/12_train.ipynb #1a09b27b
+# %% ../nbs/12_train.ipynb #fc841d04
 @dataclass
 class PairData:
     "A source and a target, opened, mapped to shared classes and checked."
@@ -55,7 +55,7 @@ class PairData:
     def lut(self) -> np.ndarray:  # (256,) raw id of val and test -> class
         return self.shared.target_lut
 
-# %% ../nbs/12_train.ipynb #8b5c73db
+# %% ../nbs/12_train.ipynb #cedf46fa
 def open_pair(settings: Settings, source=None, target=None) -> PairData:
     "Open, check and load the data of a run; DataError names what is wrong before training starts."
     s, source, target = settings, source or settings.source, target or settings.target
@@ -84,7 +84,7 @@ def _name(spec) -> str:
         return spec
     return f"object:{(spec['train'] if isinstance(spec, dict) else spec).fingerprint()}"
 
-# %% ../nbs/12_train.ipynb #f0d144fa
+# %% ../nbs/12_train.ipynb #4c88f9e3
 def digest(*parts) -> str:
     "Twelve hexadecimal digits that change when any part does."
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:12]
@@ -99,7 +99,7 @@ _OF_TRANSLATION = ("seed", "size", "target_size", "translation_steps", "translat
                    "translation_width")
 _OF_SELF_TRAINING = ("target_size", "portions", "self_training_steps", "self_training_lr", "clip_norm")
 
-# %% ../nbs/12_train.ipynb #21d18970
+# %% ../nbs/12_train.ipynb #fa733c86
 class Run:
     "Settings, data and device of a run, and what its stages have left so far."
 
@@ -135,7 +135,7 @@ class Run:
             self.logs += [{**json.loads(line), "stage": stage} for line in log.read_text().splitlines()]
         Path(f"{prefix}.partial.pt").unlink(missing_ok=True)
 
-# %% ../nbs/12_train.ipynb #d3af752d
+# %% ../nbs/12_train.ipynb #fc76203c
 def _indices(run, i, n, batch, purpose):
     return Stream(n, batch, 4 * run.s.seed + purpose).indices(i)
 
@@ -167,7 +167,7 @@ def score(run: Run, net: Segmenter, dataset) -> Scores:
     data = run.data
     return evaluate(net.eval(), dataset, data.lut, data.classes, run.s.target_size, 16, run.device)
 
-# %% ../nbs/12_train.ipynb #b1ee90fc
+# %% ../nbs/12_train.ipynb #250163c1
 def label_regions(run: Run):
     "Stage: the vocabulary of context-relations and the source's region labels."
     s, source = run.s, run.data.source
@@ -184,7 +184,7 @@ def label_regions(run: Run):
     run.regions = [torch.from_numpy(level).long() for level in labels]
     run.facts["relations"] = list(run.relations)
 
-# %% ../nbs/12_train.ipynb #baf1f4dd
+# %% ../nbs/12_train.ipynb #870eb74a
 def new_segmenter(run: Run) -> Segmenter:
     "E and C_seg as the seed makes them."
     torch.manual_seed(run.s.seed)
@@ -214,7 +214,7 @@ def warm_up(run: Run):
     run.do("warm_up", prefix.with_suffix(".pt"), make)
     run.keep_log("warm_up", prefix)
 
-# %% ../nbs/12_train.ipynb #1932d2d4
+# %% ../nbs/12_train.ipynb #36b0566a
 def new_alignment(run: Run, channels: int, rates: tuple) -> CoRegularizedAL:
     "C_region and C_image of the method's ablation."
     settings = AlignmentSettings(**{f.name: getattr(run.s, f.name) for f in fields(AlignmentSettings)})
@@ -251,7 +251,7 @@ def align(run: Run, stage: str = "align") -> tuple:  # Segmenter, CoRegularizedA
         run.aligned = net, alignment
     return net, alignment
 
-# %% ../nbs/12_train.ipynb #a78c9383
+# %% ../nbs/12_train.ipynb #ee26307b
 def make_maps(run: Run):
     "Stage: M_region, M_image and M_multi of every target image."
     path = run.file("maps", (), run.used["align"].name).with_suffix(".pt")
@@ -264,7 +264,7 @@ def make_maps(run: Run):
 
     run.maps = ConsistencyMaps(**torch.load(run.do("maps", path, make), weights_only=True))
 
-# %% ../nbs/12_train.ipynb #31e149f9
+# %% ../nbs/12_train.ipynb #4be3ed6e
 def _train_translation(run, prefix, maps):
     "A trained pair; maps = M_multi with mean 1, or None for plain translation."
     s, data = run.s, run.data
@@ -297,7 +297,7 @@ def translate(run: Run):
     run.translated = torch.load(run.do("translation", prefix.with_suffix(".pt"), make), weights_only=True)["translated"]
     run.keep_log("translation", prefix)
 
-# %% ../nbs/12_train.ipynb #6c92b143
+# %% ../nbs/12_train.ipynb #e6bc9e0f
 def _round(run, net, r, portion, prefix):
     "One round: pseudo labels with this portion, then fine-tuning; returns what to record."
     s = run.s
@@ -333,7 +333,7 @@ def self_train(run: Run, net: Segmenter) -> Segmenter:
     run.facts["self_training"] = state["rounds"]
     return net
 
-# %% ../nbs/12_train.ipynb #01ca48d9
+# %% ../nbs/12_train.ipynb #f495f600
 def walk(run: Run) -> Segmenter:
     "All stages of the method's plan; returns the final E and C_seg."
     if ABLATIONS[run.plan.ablation].needs_regions:
@@ -348,7 +348,7 @@ def walk(run: Run) -> Segmenter:
         net, _ = align(run, "align_translated")
     return self_train(run, net) if run.plan.self_train else net
 
-# %% ../nbs/12_train.ipynb #95a3c60d
+# %% ../nbs/12_train.ipynb #f639a639
 @dataclass(frozen=True)
 class Result:
     "What `run_mlan` returns."
@@ -381,7 +381,7 @@ def run_mlan(source, target,  # "streets:engine", "airsim_nh", "folder:PATH", a 
     _write(run, net, record, out)
     return _result(record, out)
 
-# %% ../nbs/12_train.ipynb #10dfd781
+# %% ../nbs/12_train.ipynb #604a062d
 def _finished(out, settings):
     "The record of a finished run in this folder; ValueError if the folder belongs to a run with other settings."
     if (out / "settings.json").exists():
@@ -396,7 +396,7 @@ def _finished(out, settings):
 def _result(record, out):
     return Result(record["miou"], record["per_class"], out, record)
 
-# %% ../nbs/12_train.ipynb #188ffac3
+# %% ../nbs/12_train.ipynb #9148cf18
 def _commit():
     "The git commit of the source tree, or None outside of one."
     try:
@@ -422,7 +422,7 @@ def _environment(device) -> dict:
     return {"commit": _commit(), "versions": {n: metadata.version(n) for n in libraries},
             "python": platform.python_version(), **_hardware(device)}
 
-# %% ../nbs/12_train.ipynb #a4706ee4
+# %% ../nbs/12_train.ipynb #cba73303
 def _record(run: Run, net: Segmenter, seconds: float) -> dict:
     "The run as one JSON object."
     data, s = run.data, run.s
@@ -437,7 +437,7 @@ def _record(run: Run, net: Segmenter, seconds: float) -> dict:
         record["miou_13"] = mean_iou(torch.tensor(test["matrix"]), data.classes, SYNTHIA_13)
     return json.loads(json.dumps(record))
 
-# %% ../nbs/12_train.ipynb #e5e043d7
+# %% ../nbs/12_train.ipynb #111fd1cb
 def save_segmenter(net: Segmenter, path: Path, settings: Settings, shared: SharedClasses):
     "The last weights and all that `load_segmenter` needs to use them."
     about = {"classes": list(shared.classes), "members": [list(m) for m in shared.members],
@@ -463,7 +463,7 @@ def load_segmenter(path: str | Path,  # a run's checkpoint.pt
         raise ValueError(f"{path} is not a checkpoint of this package ({kind}); give a run's checkpoint.pt") from None
     return net.eval(), about
 
-# %% ../nbs/12_train.ipynb #5e0b873c
+# %% ../nbs/12_train.ipynb #03415d9d
 @torch.no_grad()
 def picture_rows(run: Run, net: Segmenter, n: int = 4) -> list:  # of PictureRow
     "Test images with truth, prediction and consistency maps."
@@ -479,7 +479,7 @@ def picture_rows(run: Run, net: Segmenter, n: int = 4) -> list:  # of PictureRow
         rows.append(PictureRow(Path(dataset.name(i)).stem, image, truth, {run.s.method: found}, maps))
     return rows
 
-# %% ../nbs/12_train.ipynb #23698b5b
+# %% ../nbs/12_train.ipynb #f87d8faa
 def save_pictures(path: Path, rows: list):
     "Images, truths, predictions and maps as one .npz file."
     arrays = {}
@@ -503,7 +503,7 @@ def load_pictures(path: Path) -> list:  # of PictureRow
     return [PictureRow(str(arrays[f"{i}/name"]), arrays[f"{i}/image"], arrays.get(f"{i}/truth"),
                        part(i, "prediction"), part(i, "map")) for i in range(n)]
 
-# %% ../nbs/12_train.ipynb #cb9cca5c
+# %% ../nbs/12_train.ipynb #fe33c264
 def _one_axis(rows):
     "Log rows of all stages on one axis of steps."
     found, offset, last = [], 0, None
@@ -526,7 +526,7 @@ def _notes(records):
         notes.append(f"{method_title(r['method'])}: seed {r['seed']}, {r['seconds']:.0f} s{'; ' + made if made else ''}")
     return notes
 
-# %% ../nbs/12_train.ipynb #76f75d85
+# %% ../nbs/12_train.ipynb #67a2d916
 def report_runs(folders: list,  # of runs on one source and target, in the order of the table
                 path: str | Path,  # the report to write
                 records: list | None = None,  # their records, if not yet in their folders
@@ -550,7 +550,7 @@ def report_runs(folders: list,  # of runs on one source and target, in the order
     colors = np.array(first["colors"], np.uint8)
     return write_report(path, title, settings, scores, curves, rows, _notes(records), first["classes"], colors)
 
-# %% ../nbs/12_train.ipynb #4caab06e
+# %% ../nbs/12_train.ipynb #efa27ac3
 def _write(run: Run, net: Segmenter, record: dict, out: Path):
     "Everything that a run's folder holds; result.json last, because it says that the run is done."
     (out / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in run.logs))
