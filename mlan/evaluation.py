@@ -7,7 +7,7 @@ __all__ = ['SYNTHIA_13', 'colorize', 'confusion_matrix', 'class_iou', 'mean_iou'
            'evaluate', 'method_title', 'best_methods', 'comparison_table', 'PictureRow', 'changes', 'picture_figure',
            'curve_figure', 'headline', 'Report', 'report_html', 'write_report']
 
-# %% ../nbs/10_evaluation.ipynb #77db50c2
+# %% ../nbs/10_evaluation.ipynb #8081824d
 import base64
 import html
 import io
@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from .streets import IGNORE
 
-# %% ../nbs/10_evaluation.ipynb #95d824a5
+# %% ../nbs/10_evaluation.ipynb #14aa8e59
 def colorize(
     labels: np.ndarray | Tensor, # (H, W) class ids 0..K-1, 255 = ignored
     colors: np.ndarray, # (K, 3) uint8
@@ -39,7 +39,7 @@ def colorize(
     table[:len(colors)] = colors
     return table[np.asarray(labels)]
 
-# %% ../nbs/10_evaluation.ipynb #a3bf41b8
+# %% ../nbs/10_evaluation.ipynb #b491d2d2
 def confusion_matrix(
     prediction: Tensor, # (...), class ids 0..K-1
     labels: Tensor, # the same shape, class ids 0..K-1, 255 = ignored
@@ -58,7 +58,7 @@ def confusion_matrix(
     cell = torch.where(ignored, n_classes ** 2, labels * n_classes + prediction)
     return torch.bincount(cell.flatten(), minlength=n_classes ** 2 + 1)[:-1].view(n_classes, n_classes)
 
-# %% ../nbs/10_evaluation.ipynb #b2c18d4b
+# %% ../nbs/10_evaluation.ipynb #6102579f
 def class_iou(
     matrix: Tensor, # (K, K), rows the truth, columns the prediction
 ) -> Tensor: # (K,) float64, percent; NaN for a class in neither truth nor prediction
@@ -67,7 +67,7 @@ def class_iou(
     hit = matrix.diagonal()
     return 100 * hit / (matrix.sum(0) + matrix.sum(1) - hit)
 
-# %% ../nbs/10_evaluation.ipynb #35c50703
+# %% ../nbs/10_evaluation.ipynb #3767590e
 SYNTHIA_13 = ("road", "sidewalk", "building", "traffic light", "traffic sign", "vegetation", "sky",
               "person", "rider", "car", "bus", "motorcycle", "bicycle")
 
@@ -85,7 +85,7 @@ def mean_iou(
         iou = iou[[list(classes).index(name) for name in subset]]
     return iou.nanmean().item()
 
-# %% ../nbs/10_evaluation.ipynb #891f6b87
+# %% ../nbs/10_evaluation.ipynb #0ae60883
 def network_input(
     image: np.ndarray, # (H, W, 3) uint8 RGB
     size: tuple[int, int], # (height, width) of the network's input
@@ -101,7 +101,7 @@ def predict_labels(
     "Logits to classes: resized bilinearly to the label's size first, argmax last (R15)."
     return F.interpolate(logits[None].float(), size=tuple(size), mode="bilinear", align_corners=False)[0].argmax(0)
 
-# %% ../nbs/10_evaluation.ipynb #67e420d0
+# %% ../nbs/10_evaluation.ipynb #dd65f29a
 @dataclass(frozen=True, eq=False)
 class Scores:
     "What a whole data set says of one model: its confusion matrix, and all that follows from it."
@@ -133,7 +133,7 @@ def _columns(scores: Scores | dict) -> dict[str, float | None]:
 
 def _percent(value: float | None) -> str: return "-" if value is None else f"{value:.1f}"
 
-# %% ../nbs/10_evaluation.ipynb #eedbaebd
+# %% ../nbs/10_evaluation.ipynb #889a0c29
 def _check_logits(logits: Tensor, n_images: int, n_classes: int):
     "Raise if the network's answer cannot be scored."
     if logits.ndim != 4 or logits.shape[:2] != (n_images, n_classes):
@@ -142,7 +142,7 @@ def _check_logits(logits: Tensor, n_images: int, n_classes: int):
     if not torch.isfinite(logits).all():
         raise ValueError("predict gave NaN or infinite logits: the weights are broken, take an earlier checkpoint")
 
-# %% ../nbs/10_evaluation.ipynb #79a84eb6
+# %% ../nbs/10_evaluation.ipynb #d93b6b40
 @torch.inference_mode()
 def evaluate(
     predict: Callable[[Tensor], Tensor], # images (B, 3, h, w) in [0, 1] -> logits (B, K, h', w')
@@ -171,7 +171,7 @@ def evaluate(
             matrix += confusion_matrix(predict_labels(each, labels.shape), labels, len(classes))
     return Scores(matrix.cpu(), classes)
 
-# %% ../nbs/10_evaluation.ipynb #db045a68
+# %% ../nbs/10_evaluation.ipynb #79719114
 def method_title(name: str) -> str: # "cr_al+rst" -> "CR-AL+RST"; other names only lose their underscores
     "A method's name as the paper writes it."
     if re.fullmatch(r"(regularized_)?(rll|rl_al|il_al|cr_al|mlan)(\+\w+)?", name):
@@ -196,7 +196,7 @@ def _heads(classes: Sequence[str], width: int = 8) -> list[str]:
     heads = [h if len(h) <= width else h[:width - 1] + "." for h in heads]
     return [h if heads.count(h) == 1 else f"{h[:width - 3]}.{i}" for i, h in enumerate(heads)]
 
-# %% ../nbs/10_evaluation.ipynb #1e366cca
+# %% ../nbs/10_evaluation.ipynb #0e65b674
 def comparison_table(
     results: dict[str, Scores | dict], # {method: scores, or their record with "miou" and "per_class"}
     per_block: int = 10, # classes beside each other
@@ -217,7 +217,7 @@ def comparison_table(
         blocks.append("\n".join(map(str.rstrip, lines)))
     return "\n\n".join(blocks)
 
-# %% ../nbs/10_evaluation.ipynb #456e34f7
+# %% ../nbs/10_evaluation.ipynb #1f09d84d
 @dataclass(frozen=True)
 class PictureRow:
     "One target image, and what is shown beside it."
@@ -241,7 +241,7 @@ def changes(
     picture[truth == IGNORE] = 0
     return picture
 
-# %% ../nbs/10_evaluation.ipynb #3496505f
+# %% ../nbs/10_evaluation.ipynb #b83b9eb1
 def _tiles(row: PictureRow, colors: np.ndarray) -> list[tuple[str, np.ndarray]]:
     "A row's pictures (H, W, 3) and maps (I, J) with their titles, in order."
     predictions = {method_title(m): np.asarray(p) for m, p in row.predictions.items()}
@@ -249,12 +249,13 @@ def _tiles(row: PictureRow, colors: np.ndarray) -> list[tuple[str, np.ndarray]]:
     if row.truth is not None: tiles.append(("truth", colorize(row.truth, colors)))
     tiles += [(m, colorize(p, colors)) for m, p in predictions.items()]
     tiles += [(re.sub("^M_(.*)", r"$M_{\\rm \1}$", m), np.asarray(heat, float)) for m, heat in row.maps.items()]
-    if row.truth is not None and len(predictions) > 1:
-        before, *_, after = predictions.values()
+    adapted = [p for m, p in predictions.items() if not _is(m, "oracle")]
+    if row.truth is not None and len(adapted) > 1:
+        before, *_, after = adapted
         tiles.append(("blue: mended, red: broken", changes(np.asarray(row.truth), before, after)))
     return tiles
 
-# %% ../nbs/10_evaluation.ipynb #a3038e17
+# %% ../nbs/10_evaluation.ipynb #240cdd5b
 def picture_figure(
     row: PictureRow,
     colors: np.ndarray, # (K, 3) uint8
@@ -277,7 +278,7 @@ def picture_figure(
             bar.outline.set_visible(False)
     return fig
 
-# %% ../nbs/10_evaluation.ipynb #5bfee1d0
+# %% ../nbs/10_evaluation.ipynb #9b7d46b7
 _INK = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 
 def _draw_term(ax, term: str, curves: dict[str, list[dict]]):
@@ -296,7 +297,7 @@ def _draw_term(ax, term: str, curves: dict[str, list[dict]]):
     ax.grid(alpha=.25)
     ax.spines[["top", "right"]].set_visible(False)
 
-# %% ../nbs/10_evaluation.ipynb #c3e79da3
+# %% ../nbs/10_evaluation.ipynb #4d222fb1
 def curve_figure(
     curves: dict[str, list[dict]], # {method: log records with "step" and "loss...", "miou...", "health..."}
 ) -> Figure | None: # None where nothing was logged
@@ -314,7 +315,7 @@ def curve_figure(
     fig.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=max(1, len(lines)), frameon=False)
     return fig
 
-# %% ../nbs/10_evaluation.ipynb #0b970acd
+# %% ../nbs/10_evaluation.ipynb #86e55945
 def headline(
     rows: dict[str, dict], # {method: {"mIoU": percent or None, class: ...}}, in the table's order
 ) -> str: # one sentence
@@ -334,7 +335,7 @@ def headline(
     higher = (f"; {method_title(m)} is higher ({miou[m]:.1f})" for m in others if miou[m] > miou[last])
     return f"{text}{''.join(higher)}."
 
-# %% ../nbs/10_evaluation.ipynb #f7918ffc
+# %% ../nbs/10_evaluation.ipynb #34a5deac
 @dataclass(frozen=True)
 class Report:
     "All that a report shows; it shows itself in a notebook, and `write_report` puts it in a file."
@@ -366,7 +367,7 @@ def _draw(report: Report) -> dict[str, tuple[str, bytes]]: # {file stem: (head, 
     for stem, (_, figure) in figures.items(): figure.savefig(files[stem][1], format="png")
     return {stem: (head, file.getvalue()) for stem, (head, file) in files.items()}
 
-# %% ../nbs/10_evaluation.ipynb #d1b4c199
+# %% ../nbs/10_evaluation.ipynb #b67cc33b
 def _score_table(rows: dict[str, dict], swatch: dict[str, str]) -> str:
     "A line for each class, a column for each method: the best bold, the difference to source only beside it."
     base = next((m for m in rows if _is(m, "source_only")), None)
@@ -394,7 +395,7 @@ def _versions() -> dict[str, str]:
     names = ("mlan", "torch", "torchvision", "numpy", "scikit-learn")
     return {"python": platform.python_version(), **{n: found[n] for n in names if n in found}}
 
-# %% ../nbs/10_evaluation.ipynb #1fe91e04
+# %% ../nbs/10_evaluation.ipynb #9c6bb35f
 _STYLE = """
 .mlan{font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,Helvetica,Arial,sans-serif;color:#1d2430;background:#fff;
  max-width:1060px;margin:0 auto;padding:28px 24px 40px;box-sizing:border-box;print-color-adjust:exact}
@@ -421,7 +422,7 @@ article.mlan td{min-width:104px;padding:4px 14px;text-align:left!important;white
 @media print{.mlan{padding:0;max-width:none;font-size:12px}}
 """
 
-# %% ../nbs/10_evaluation.ipynb #bd6de3d9
+# %% ../nbs/10_evaluation.ipynb #2c28dc6e
 def report_html(
     report: Report,
     drawn: dict | None = None, # its pictures, where they are drawn already
@@ -446,7 +447,7 @@ def report_html(
     parts.append("<h2>Versions</h2>" + _pairs(_versions()))
     return f"<style>{_STYLE}</style><article class=mlan>{''.join(parts)}</article>"
 
-# %% ../nbs/10_evaluation.ipynb #11e67f77
+# %% ../nbs/10_evaluation.ipynb #e35dc10c
 def write_report(
     path: str | Path, # the file to write, e.g. runs/demo/report.html
     *fields, # those of `Report` in its order: title, settings, scores, curves, pictures, notes, classes, colors

@@ -85,13 +85,13 @@ def test_interrupted_inside_a_stage_goes_on_from_its_checkpoint(tmp_path, monkey
     data = open_pair(settings)
     whole = walk(Run(settings, data, tmp_path / "a"))
     import mlan.train
-    calls, run = [], {}
+    calls, stopped = [], []
     step = mlan.train.SegmentationStep.__call__
 
     def stops(self, i):
         calls.append(i)
-        if self.alignment and i == 5 and not run.get("stopped"):
-            run["stopped"] = True
+        if self.alignment and i == 5 and not stopped:
+            stopped.append(i)
             raise KeyboardInterrupt
         return step(self, i)
 
