@@ -6,7 +6,7 @@
 __all__ = ['DEMO', 'command_run', 'command_check', 'command_evaluate', 'command_predict', 'demo', 'command_demo',
            'command_report', 'main']
 
-# %% ../nbs/13_command_line.ipynb #d907ac5b
+# %% ../nbs/13_command_line.ipynb #bfb7a92c
 import argparse
 import json
 import sys
@@ -16,13 +16,14 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from tqdm import tqdm
 
-from .datasets import check_dataset, label_table, open_dataset, read_image
+from .datasets import CITYSCAPES, PairedFolder, check_dataset, label_table, open_dataset
 from .evaluation import colorize, comparison_table, evaluate, method_title, network_input, predict_labels
 from .train import load_segmenter, report_runs, run_mlan
 from .trainer import PLANS, PROFILES, Settings, TrainingError
 
-# %% ../nbs/13_command_line.ipynb #25bea234
+# %% ../nbs/13_command_line.ipynb #d605953e
 def _add_settings(parser):
     "A flag for every field of Settings that isn't an argument of its own."
     for f in fields(Settings):
@@ -39,7 +40,7 @@ def command_run(args) -> None:
         print(comparison_table({result.record["method"]: result.record}))
     print(f"\nreport: {result.out / 'report.html'}   weights: {result.out / 'checkpoint.pt'}")
 
-# %% ../nbs/13_command_line.ipynb #9cd1d775
+# %% ../nbs/13_command_line.ipynb #eacdfc42
 def command_check(args) -> None:
     "Read every file of a data set; print what is there, split by split."
     for split in args.splits:
@@ -52,7 +53,7 @@ def command_check(args) -> None:
         for warning in found["warnings"]:
             print(f"  note: {warning}")
 
-# %% ../nbs/13_command_line.ipynb #b35df447
+# %% ../nbs/13_command_line.ipynb #1a6c5b10
 def command_evaluate(args) -> None:
     "Score a checkpoint on a labelled split."
     net, about = load_segmenter(args.checkpoint, args.device)
@@ -66,22 +67,19 @@ def command_evaluate(args) -> None:
 def command_predict(args) -> None:
     "Label every image of a folder: class ids and colours, at the image's own size."
     net, about = load_segmenter(args.checkpoint, args.device)
-    files = sorted(p for p in Path(args.images).glob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg"))
-    if not files:
-        raise FileNotFoundError(f"there are no .png, .jpg or .jpeg images in {args.images}; put them there, or correct --images")
-    out = Path(args.out)
+    photos, out = PairedFolder(args.images, None, CITYSCAPES), Path(args.out)
     for part in ("ids", "colors"):
         (out / part).mkdir(parents=True, exist_ok=True)
-    for path in files:
-        image = read_image(path)
+    for i, stem in enumerate(tqdm(photos.stems, desc="predict", disable=args.quiet)):
+        image = photos.image(i)
         logits = net(network_input(image, about["size"])[None].to(args.device))[0]
         labels = predict_labels(logits, image.shape[:2]).cpu().numpy().astype("uint8")
-        Image.fromarray(labels).save(out / "ids" / f"{path.stem}.png")
-        Image.fromarray(colorize(labels, about["colors"])).save(out / "colors" / f"{path.stem}.png")
+        Image.fromarray(labels).save(out / "ids" / f"{stem}.png")
+        Image.fromarray(colorize(labels, about["colors"])).save(out / "colors" / f"{stem}.png")
     (out / "classes.json").write_text(json.dumps(dict(enumerate(about["classes"])), indent=1))
-    print(f"{len(files)} images labelled in {out}: ids/ (class numbers), colors/, classes.json")
+    print(f"{len(photos)} images labelled in {out}: ids/ (class numbers), colors/, classes.json")
 
-# %% ../nbs/13_command_line.ipynb #9a0cf1e8
+# %% ../nbs/13_command_line.ipynb #888d60dc
 DEMO = ("source_only", "cr_al", "mlan", "oracle")
 
 
@@ -103,16 +101,17 @@ def command_demo(args) -> None:
     "Run the demo and print its table."
     results = demo(args.out, int(args.seed), not args.quiet)
     gain = results["cr_al"].miou - results["source_only"].miou
-    print("\nBuilt-in street scenes, engine to camera: IoU in percent on 200 test images (a stand-in, not Cityscapes).\n")
+    print("\nBuilt-in street scenes, engine to camera: IoU in percent on "
+          f"{results['oracle'].record['images']['test']} test images (a stand-in, not Cityscapes).\n")
     print(comparison_table({m: r.record for m, r in results.items()}))
     print(f"\nCR-AL against source only: {gain:+.1f} points.   Pictures, curves, settings: {Path(args.out) / 'report.html'}")
 
-# %% ../nbs/13_command_line.ipynb #a1d14f2c
+# %% ../nbs/13_command_line.ipynb #ad839eca
 def command_report(args) -> None:
     "One report on several runs of a pair."
     print(report_runs(args.runs, args.out))
 
-# %% ../nbs/13_command_line.ipynb #2202efa9
+# %% ../nbs/13_command_line.ipynb #95ba5050
 def _command(commands, function, help, **flags):
     "A subcommand that calls the function; a flag with nargs and no default is an argument by position."
     sub = commands.add_parser(function.__name__.removeprefix("command_"), help=help, description=function.__doc__)
@@ -139,7 +138,7 @@ def _parser():
     command(command_demo, "watch the method on built-in scenes", out={"default": "runs/demo"}, seed={"default": "0"})
     return parser
 
-# %% ../nbs/13_command_line.ipynb #b5e19981
+# %% ../nbs/13_command_line.ipynb #8a67295c
 def main(argv: list | None = None) -> int:  # exit status: 0, or 2 where the input was wrong
     "The `mlan` command."
     args = _parser().parse_args(argv)

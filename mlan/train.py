@@ -8,7 +8,7 @@ __all__ = ['PairData', 'open_pair', 'digest', 'Run', 'source_batch', 'target_bat
            'Result', 'run_mlan', 'save_segmenter', 'load_segmenter', 'picture_rows', 'save_pictures', 'load_pictures',
            'report_runs']
 
-# %% ../nbs/12_train.ipynb #ad36b3e9
+# %% ../nbs/12_train.ipynb #85f7dbdc
 import hashlib
 import json
 import os
@@ -32,7 +32,7 @@ from .self_training import label_target
 from .trainer import PLANS, SegmentationStep, Settings, TranslationStep, make_settings, save_atomically, train_loop
 from .translation import TranslationPair, TranslationSettings
 
-# %% ../nbs/12_train.ipynb #fc841d04
+# %% ../nbs/12_train.ipynb #b0980956
 @dataclass
 class PairData:
     "A source and a target, opened, mapped to shared classes and checked."
@@ -55,7 +55,11 @@ class PairData:
     def lut(self) -> np.ndarray:  # (256,) raw id of val and test -> class
         return self.shared.target_lut
 
-# %% ../nbs/12_train.ipynb #cedf46fa
+    @property
+    def images(self) -> dict:  # how many a split
+        return {k: len(getattr(self, k) or ()) for k in ("source", "target", "val", "test")}
+
+# %% ../nbs/12_train.ipynb #1edaf3f5
 def open_pair(settings: Settings, source=None, target=None) -> PairData:
     "Open, check and load the data of a run; DataError names what is wrong before training starts."
     s, source, target = settings, source or settings.source, target or settings.target
@@ -84,22 +88,22 @@ def _name(spec) -> str:
         return spec
     return f"object:{(spec['train'] if isinstance(spec, dict) else spec).fingerprint()}"
 
-# %% ../nbs/12_train.ipynb #4c88f9e3
+# %% ../nbs/12_train.ipynb #28a91dbe
 def digest(*parts) -> str:
     "Twelve hexadecimal digits that change when any part does."
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
 _OF_REGIONS = ("size", "patches", "n_relations", "descriptor", "min_samples", "region_sample")
-_OF_WARM_UP = ("seed", "size", "backbone", "weights", "warmup_steps", "warmup_lr", "batch_size", "head_lr", "momentum",
-               "weight_decay", "power", "clip_norm")
+_OF_WARM_UP = ("seed", "size", "backbone", "weights", "warmup_steps", "warmup_lr", "batch_size", "optimiser", "head_lr",
+               "momentum", "weight_decay", "power", "clip_norm")
 _OF_ADAPTATION = ("steps", "schedule_steps", "lr", "clip_norm")
 _OF_ALIGNMENT = ("target_size", "patches", "critic_lr", "ramp_steps", *(f.name for f in fields(AlignmentSettings)))
 _OF_TRANSLATION = ("seed", "size", "target_size", "translation_steps", "translation_lr", "translation_batch",
                    "translation_width")
 _OF_SELF_TRAINING = ("target_size", "portions", "self_training_steps", "self_training_lr", "clip_norm")
 
-# %% ../nbs/12_train.ipynb #fa733c86
+# %% ../nbs/12_train.ipynb #410a40cf
 class Run:
     "Settings, data and device of a run, and what its stages have left so far."
 
@@ -135,7 +139,7 @@ class Run:
             self.logs += [{**json.loads(line), "stage": stage} for line in log.read_text().splitlines()]
         Path(f"{prefix}.partial.pt").unlink(missing_ok=True)
 
-# %% ../nbs/12_train.ipynb #fc76203c
+# %% ../nbs/12_train.ipynb #d666bdae
 def _indices(run, i, n, batch, purpose):
     return Stream(n, batch, 4 * run.s.seed + purpose).indices(i)
 
@@ -167,7 +171,7 @@ def score(run: Run, net: Segmenter, dataset) -> Scores:
     data = run.data
     return evaluate(net.eval(), dataset, data.lut, data.classes, run.s.target_size, 16, run.device)
 
-# %% ../nbs/12_train.ipynb #250163c1
+# %% ../nbs/12_train.ipynb #049f46d0
 def label_regions(run: Run):
     "Stage: the vocabulary of context-relations and the source's region labels."
     s, source = run.s, run.data.source
@@ -184,11 +188,12 @@ def label_regions(run: Run):
     run.regions = [torch.from_numpy(level).long() for level in labels]
     run.facts["relations"] = list(run.relations)
 
-# %% ../nbs/12_train.ipynb #870eb74a
+# %% ../nbs/12_train.ipynb #e319fd78
 def new_segmenter(run: Run) -> Segmenter:
     "E and C_seg as the seed makes them."
     torch.manual_seed(run.s.seed)
-    return Segmenter(build_extractor(run.s.backbone, run.s.weights), len(run.data.classes)).to(run.device)
+    net = Segmenter(build_extractor(run.s.backbone, run.s.weights), len(run.data.classes))
+    return net.to(run.device, memory_format=torch.channels_last)
 
 
 def _train(run, stage, step, steps, prefix):
@@ -214,12 +219,13 @@ def warm_up(run: Run):
     run.do("warm_up", prefix.with_suffix(".pt"), make)
     run.keep_log("warm_up", prefix)
 
-# %% ../nbs/12_train.ipynb #36b0566a
+# %% ../nbs/12_train.ipynb #d70ce62f
 def new_alignment(run: Run, channels: int, rates: tuple) -> CoRegularizedAL:
     "C_region and C_image of the method's ablation."
     settings = AlignmentSettings(**{f.name: getattr(run.s, f.name) for f in fields(AlignmentSettings)})
     ablation = ABLATIONS[run.plan.ablation]
-    return CoRegularizedAL(ablation, channels, run.relations, rates, settings).to(run.device)
+    alignment = CoRegularizedAL(ablation, channels, run.relations, rates, settings)
+    return alignment.to(run.device, memory_format=torch.channels_last)
 
 
 def _align_file(run, stage):
@@ -251,7 +257,7 @@ def align(run: Run, stage: str = "align") -> tuple:  # Segmenter, CoRegularizedA
         run.aligned = net, alignment
     return net, alignment
 
-# %% ../nbs/12_train.ipynb #ee26307b
+# %% ../nbs/12_train.ipynb #447546a7
 def make_maps(run: Run):
     "Stage: M_region, M_image and M_multi of every target image."
     path = run.file("maps", (), run.used["align"].name).with_suffix(".pt")
@@ -264,7 +270,7 @@ def make_maps(run: Run):
 
     run.maps = ConsistencyMaps(**torch.load(run.do("maps", path, make), weights_only=True))
 
-# %% ../nbs/12_train.ipynb #4be3ed6e
+# %% ../nbs/12_train.ipynb #57a54425
 def _train_translation(run, prefix, maps):
     "A trained pair; maps = M_multi with mean 1, or None for plain translation."
     s, data = run.s, run.data
@@ -297,7 +303,7 @@ def translate(run: Run):
     run.translated = torch.load(run.do("translation", prefix.with_suffix(".pt"), make), weights_only=True)["translated"]
     run.keep_log("translation", prefix)
 
-# %% ../nbs/12_train.ipynb #e6bc9e0f
+# %% ../nbs/12_train.ipynb #8d37d1eb
 def _round(run, net, r, portion, prefix):
     "One round: pseudo labels with this portion, then fine-tuning; returns what to record."
     s = run.s
@@ -333,7 +339,7 @@ def self_train(run: Run, net: Segmenter) -> Segmenter:
     run.facts["self_training"] = state["rounds"]
     return net
 
-# %% ../nbs/12_train.ipynb #f495f600
+# %% ../nbs/12_train.ipynb #89aaad8f
 def walk(run: Run) -> Segmenter:
     "All stages of the method's plan; returns the final E and C_seg."
     if ABLATIONS[run.plan.ablation].needs_regions:
@@ -348,7 +354,7 @@ def walk(run: Run) -> Segmenter:
         net, _ = align(run, "align_translated")
     return self_train(run, net) if run.plan.self_train else net
 
-# %% ../nbs/12_train.ipynb #f639a639
+# %% ../nbs/12_train.ipynb #eec9652d
 @dataclass(frozen=True)
 class Result:
     "What `run_mlan` returns."
@@ -381,7 +387,7 @@ def run_mlan(source, target,  # "streets:engine", "airsim_nh", "folder:PATH", a 
     _write(run, net, record, out)
     return _result(record, out)
 
-# %% ../nbs/12_train.ipynb #604a062d
+# %% ../nbs/12_train.ipynb #8ab8cfcc
 def _finished(out, settings):
     "The record of a finished run in this folder; ValueError if the folder belongs to a run with other settings."
     if (out / "settings.json").exists():
@@ -396,7 +402,7 @@ def _finished(out, settings):
 def _result(record, out):
     return Result(record["miou"], record["per_class"], out, record)
 
-# %% ../nbs/12_train.ipynb #9148cf18
+# %% ../nbs/12_train.ipynb #106e9c9e
 def _commit():
     "The git commit of the source tree, or None outside of one."
     try:
@@ -422,7 +428,7 @@ def _environment(device) -> dict:
     return {"commit": _commit(), "versions": {n: metadata.version(n) for n in libraries},
             "python": platform.python_version(), **_hardware(device)}
 
-# %% ../nbs/12_train.ipynb #cba73303
+# %% ../nbs/12_train.ipynb #349ddf36
 def _record(run: Run, net: Segmenter, seconds: float) -> dict:
     "The run as one JSON object."
     data, s = run.data, run.s
@@ -431,13 +437,13 @@ def _record(run: Run, net: Segmenter, seconds: float) -> dict:
     test = scores.get("test", {"miou": None, "per_class": {}, "matrix": None})
     record = {**{k: getattr(s, k) for k in ("method", "source", "target", "profile", "seed", "data_seed")},
               **test, "miou_val": scores.get("val", {}).get("miou"),
-              "classes": data.classes, "colors": data.colors.tolist(), "data": data.prints, "settings": asdict(s),
+              "classes": data.classes, "colors": data.colors.tolist(), "data": data.prints, "images": data.images, "settings": asdict(s),
               "seconds": round(seconds, 1), "stages": run.seconds, "facts": run.facts, **_environment(run.device)}
     if test["matrix"] and set(SYNTHIA_13) <= set(data.classes):
         record["miou_13"] = mean_iou(torch.tensor(test["matrix"]), data.classes, SYNTHIA_13)
     return json.loads(json.dumps(record))
 
-# %% ../nbs/12_train.ipynb #111fd1cb
+# %% ../nbs/12_train.ipynb #060275e1
 def save_segmenter(net: Segmenter, path: Path, settings: Settings, shared: SharedClasses):
     "The last weights and all that `load_segmenter` needs to use them."
     about = {"classes": list(shared.classes), "members": [list(m) for m in shared.members],
@@ -463,7 +469,7 @@ def load_segmenter(path: str | Path,  # a run's checkpoint.pt
         raise ValueError(f"{path} is not a checkpoint of this package ({kind}); give a run's checkpoint.pt") from None
     return net.eval(), about
 
-# %% ../nbs/12_train.ipynb #03415d9d
+# %% ../nbs/12_train.ipynb #8b598b20
 @torch.no_grad()
 def picture_rows(run: Run, net: Segmenter, n: int = 4) -> list:  # of PictureRow
     "Test images with truth, prediction and consistency maps."
@@ -479,7 +485,7 @@ def picture_rows(run: Run, net: Segmenter, n: int = 4) -> list:  # of PictureRow
         rows.append(PictureRow(Path(dataset.name(i)).stem, image, truth, {run.s.method: found}, maps))
     return rows
 
-# %% ../nbs/12_train.ipynb #f87d8faa
+# %% ../nbs/12_train.ipynb #e4aaef1a
 def save_pictures(path: Path, rows: list):
     "Images, truths, predictions and maps as one .npz file."
     arrays = {}
@@ -503,7 +509,7 @@ def load_pictures(path: Path) -> list:  # of PictureRow
     return [PictureRow(str(arrays[f"{i}/name"]), arrays[f"{i}/image"], arrays.get(f"{i}/truth"),
                        part(i, "prediction"), part(i, "map")) for i in range(n)]
 
-# %% ../nbs/12_train.ipynb #fe33c264
+# %% ../nbs/12_train.ipynb #5514e0a9
 def _one_axis(rows):
     "Log rows of all stages on one axis of steps."
     found, offset, last = [], 0, None
@@ -526,7 +532,7 @@ def _notes(records):
         notes.append(f"{method_title(r['method'])}: seed {r['seed']}, {r['seconds']:.0f} s{'; ' + made if made else ''}")
     return notes
 
-# %% ../nbs/12_train.ipynb #67a2d916
+# %% ../nbs/12_train.ipynb #52811c06
 def report_runs(folders: list,  # of runs on one source and target, in the order of the table
                 path: str | Path,  # the report to write
                 records: list | None = None,  # their records, if not yet in their folders
@@ -550,7 +556,7 @@ def report_runs(folders: list,  # of runs on one source and target, in the order
     colors = np.array(first["colors"], np.uint8)
     return write_report(path, title, settings, scores, curves, rows, _notes(records), first["classes"], colors)
 
-# %% ../nbs/12_train.ipynb #efa27ac3
+# %% ../nbs/12_train.ipynb #f844cb40
 def _write(run: Run, net: Segmenter, record: dict, out: Path):
     "Everything that a run's folder holds; result.json last, because it says that the run is done."
     (out / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in run.logs))

@@ -7,7 +7,7 @@ __all__ = ['PLANS', 'QUICK', 'PROFILES', 'CHOICES', 'Plan', 'Settings', 'make_se
            'train_loop', 'poly', 'segmentation_optimiser', 'critic_optimiser', 'both_flows', 'SegmentationStep',
            'apply_update', 'TranslationStep']
 
-# %% ../nbs/11_trainer.ipynb #4067d44d
+# %% ../nbs/11_trainer.ipynb #c4298ff0
 import json
 import os
 import time
@@ -24,7 +24,7 @@ from .region_al import adaptive_weight
 from .region_labels import DESCRIPTORS, region_grid
 from .translation import TranslationPair
 
-# %% ../nbs/11_trainer.ipynb #8a0d39b0
+# %% ../nbs/11_trainer.ipynb #52804225
 @dataclass(frozen=True)
 class Plan:
     "The stages of a method."
@@ -46,7 +46,7 @@ PLANS = {name: Plan(name) for name in ABLATIONS} | {
     "oracle": Plan("source_only"),
 }
 
-# %% ../nbs/11_trainer.ipynb #d3730c13
+# %% ../nbs/11_trainer.ipynb #186b9dbe
 @dataclass(frozen=True)
 class _DataSettings:
     source: str = ""  # "streets:engine", "airsim_nh", "folder:PATH", ...
@@ -62,7 +62,7 @@ class _DataSettings:
     n_val: int = 0  # images of the target's val split, on which weights of the losses are chosen
     n_test: int = 0  # images of the target's test split, the one reported
 
-# %% ../nbs/11_trainer.ipynb #705f3df8
+# %% ../nbs/11_trainer.ipynb #d694f15b
 @dataclass(frozen=True)
 class _ModelSettings(_DataSettings):
     patches: tuple = (32, 64, 128)  # region sizes in training pixels (R1)
@@ -75,7 +75,7 @@ class _ModelSettings(_DataSettings):
     critic_width: int = 64  # C_image's first channels (Section 4.2)
     pooling: str = "resize"  # R7
 
-# %% ../nbs/11_trainer.ipynb #fc17b80d
+# %% ../nbs/11_trainer.ipynb #84e63e45
 @dataclass(frozen=True)
 class _TrainingSettings(_ModelSettings):
     warmup_steps: int = 0  # source-only steps before adaptation; 0 with ImageNet weights, as in the paper
@@ -83,10 +83,11 @@ class _TrainingSettings(_ModelSettings):
     steps: int = 120_000  # adaptation steps
     schedule_steps: int = 250_000  # length of the poly schedule (R13: stop early, as [26, 30] do)
     batch_size: int = 1  # of each domain
-    lr: float = 2.5e-4  # SGD (Section 4.2)
+    optimiser: str = "sgd"  # of E, C_seg and C_region: "sgd" (Section 4.2) or "adamw"
+    lr: float = 2.5e-4  # Section 4.2
     head_lr: float = 10.0  # factor for C_seg and C_region, as in [26, 30]
     clip_norm: float = 0.0  # largest norm of the segmentation side's gradient, 0 = no limit (the paper has none)
-    momentum: float = 0.9
+    momentum: float = 0.9  # of SGD
     weight_decay: float = 1e-4
     power: float = 0.9  # of the poly schedule
     critic_lr: float = 1e-4  # Adam (0.9, 0.99) of C_image
@@ -97,7 +98,7 @@ class _TrainingSettings(_ModelSettings):
     map_weights: str = "raw"  # R9
     reading: str = "entropy"  # R4
 
-# %% ../nbs/11_trainer.ipynb #f7445d56
+# %% ../nbs/11_trainer.ipynb #f843e441
 @dataclass(frozen=True)
 class Settings(_TrainingSettings):
     "All that determines a run's result, flat. Lengths in steps, sizes (height, width) in pixels."
@@ -114,7 +115,7 @@ class Settings(_TrainingSettings):
     val_every: int = 0  # score val every so many steps while training, 0 = never
     checkpoint_every: int = 1000
 
-# %% ../nbs/11_trainer.ipynb #3673f772
+# %% ../nbs/11_trainer.ipynb #88a4342d
 QUICK = dict(size=(64, 128), target_size=(64, 128), patches=(8, 16, 32), min_samples=4, backbone="small", weights="none",
              warmup_steps=900, warmup_lr=0.02, steps=500, schedule_steps=500, batch_size=6, lr=0.02, head_lr=1.0,
              clip_norm=10.0, critic_lr=2e-3, critic_width=16, ramp_steps=100, map_weights="normalised",
@@ -123,9 +124,10 @@ QUICK = dict(size=(64, 128), target_size=(64, 128), patches=(8, 16, 32), min_sam
              self_training_steps=200, self_training_lr=0.005, log_every=20, val_every=250, checkpoint_every=100)
 PROFILES = {"quick": QUICK, "paper": {}}
 
-# %% ../nbs/11_trainer.ipynb #0b14d4f1
+# %% ../nbs/11_trainer.ipynb #0f8122be
 CHOICES = {"method": tuple(PLANS), "profile": tuple(PROFILES), "backbone": BACKBONES, "descriptor": DESCRIPTORS,
-           "map_weights": MAP_WEIGHTS, "reading": ("entropy", "literal"), "pooling": ("resize", "adaptive")}
+           "map_weights": MAP_WEIGHTS, "optimiser": ("sgd", "adamw"), "reading": ("entropy", "literal"),
+           "pooling": ("resize", "adaptive")}
 _AT_LEAST_ONE = ("steps", "schedule_steps", "batch_size", "translation_steps", "translation_batch", "self_training_steps",
                  "log_every", "checkpoint_every", "n_relations", "min_samples", "critic_width", "translation_width")
 
@@ -147,7 +149,7 @@ def _typed(name, default, value):
     except (TypeError, ValueError):
         raise ValueError(f"setting {name} must be like {default!r} ({kind.__name__}), not {value!r}") from None
 
-# %% ../nbs/11_trainer.ipynb #1bf384fd
+# %% ../nbs/11_trainer.ipynb #77206933
 def make_settings(source: str, target: str, method: str = "mlan", profile: str = "quick",
                   **overrides,  # any field of Settings
                   ) -> Settings:
@@ -166,7 +168,7 @@ def make_settings(source: str, target: str, method: str = "mlan", profile: str =
             raise ValueError(f"setting {name} is {getattr(settings, name)}; it must be at least 1")
     return settings
 
-# %% ../nbs/11_trainer.ipynb #a1023830
+# %% ../nbs/11_trainer.ipynb #29efcf42
 class TrainingError(RuntimeError):
     "Training cannot go on; the message names stage, step, and the checkpoint that is kept."
 
@@ -177,7 +179,7 @@ def save_atomically(value, path: Path):
     torch.save(value, part)
     part.replace(path)
 
-# %% ../nbs/11_trainer.ipynb #1d0d0cb1
+# %% ../nbs/11_trainer.ipynb #76e1e004
 def _resume(parts, checkpoint, log):
     "Load a checkpoint if there is one; returns the step to go on from, and cuts the log to it."
     if not checkpoint.exists():
@@ -201,7 +203,7 @@ def _stop_if_not_finite(rows, done, checkpoint, title):
                 raise TrainingError(f"{title}: {name} is not finite at step {done - len(rows) + i + 1}; {kept}; "
                                     "lower the learning rate or the lambdas")
 
-# %% ../nbs/11_trainer.ipynb #fcafbf67
+# %% ../nbs/11_trainer.ipynb #e2e70764
 def train_loop(step,  # object with .parts {name: has state_dict} and __call__(i) -> {name: scalar tensor}
                steps: int, prefix: Path,  # log is PREFIX.jsonl, checkpoint PREFIX.partial.pt
                settings: Settings, validate=None,  # function () -> mIoU on val
@@ -227,16 +229,18 @@ def train_loop(step,  # object with .parts {name: has state_dict} and __call__(i
             save_atomically({"step": done, "parts": parts, "rng": torch.get_rng_state()}, checkpoint)
     return log
 
-# %% ../nbs/11_trainer.ipynb #688b7973
+# %% ../nbs/11_trainer.ipynb #0f97e5e2
 def poly(step: int, steps: int, power: float = 0.9) -> float:
     "The poly schedule: (1 - step / steps) ** power, and never quite zero."
     return (1 - min(step, steps - 1) / steps) ** power
 
 
-def segmentation_optimiser(net: Segmenter, alignment: CoRegularizedAL | None, settings: Settings) -> torch.optim.SGD:
-    "SGD for E (group 0) and for the heads C_seg and C_region (group 1, at `head_lr` times the rate)."
+def segmentation_optimiser(net: Segmenter, alignment: CoRegularizedAL | None, settings: Settings) -> torch.optim.Optimizer:
+    "One optimiser for E (group 0) and for the heads C_seg and C_region (group 1, at `head_lr` times the rate)."
     heads = [*net.classifier.parameters(), *(alignment.region_classifiers.parameters() if alignment else [])]
     groups = [{"params": [*net.extractor.parameters()], "factor": 1.0}, {"params": heads, "factor": settings.head_lr}]
+    if settings.optimiser == "adamw":
+        return torch.optim.AdamW(groups, 1.0, weight_decay=settings.weight_decay)
     return torch.optim.SGD(groups, 1.0, momentum=settings.momentum, weight_decay=settings.weight_decay)
 
 
@@ -245,7 +249,7 @@ def critic_optimiser(alignment: CoRegularizedAL | None, settings: Settings) -> t
     if alignment and alignment.critics:
         return torch.optim.Adam([p for c in alignment.critics for p in c.parameters()], settings.critic_lr, (0.9, 0.99))
 
-# %% ../nbs/11_trainer.ipynb #e4322c6d
+# %% ../nbs/11_trainer.ipynb #2034b5ee
 def both_flows(net: Segmenter, source: tuple,  # images (B, 3, H, W), region labels a level
                target: Tensor,  # images (B, 3, H', W')
                patches: tuple,  # s, 2s, 4s
@@ -259,7 +263,7 @@ def both_flows(net: Segmenter, source: tuple,  # images (B, 3, H, W), region lab
         f_s, f_t = net.extractor(images), net.extractor(target)
     return Flow(f_s, grids_s, regions), Flow(f_t, grids_t)
 
-# %% ../nbs/11_trainer.ipynb #89f4bd01
+# %% ../nbs/11_trainer.ipynb #633d046a
 class SegmentationStep:
     "One step of Eq. 10 for E, C_seg, C_region and C_image; without an alignment, of Eq. 2 or 14."
 
@@ -268,8 +272,8 @@ class SegmentationStep:
                  target=None):  # target(i) -> images of the target; needed with an alignment
         self.net, self.batches, self.lr, self.s = net, batches, lr, settings
         self.alignment, self.target, self.frozen_norm, self.steps = alignment, target, True, settings.schedule_steps
-        self.sgd, self.adam = segmentation_optimiser(net, alignment, settings), critic_optimiser(alignment, settings)
-        parts = {"net": net, "alignment": alignment, "sgd": self.sgd, "adam": self.adam}
+        self.learn, self.judge = segmentation_optimiser(net, alignment, settings), critic_optimiser(alignment, settings)
+        parts = {"net": net, "alignment": alignment, "learn": self.learn, "judge": self.judge}
         self.parts = {name: part for name, part in parts.items() if part is not None}
 
     def __call__(self, i: int) -> dict:  # named scalars for the log
@@ -284,18 +288,18 @@ class SegmentationStep:
         return self._update(terms, self.alignment.critic_losses(source, target))
 
     def _prepare(self, i):
-        for group in self.sgd.param_groups:
+        for group in self.learn.param_groups:
             group["lr"] = self.lr * group["factor"] * poly(i, self.steps, self.s.power)
-        if self.adam:
-            self.adam.param_groups[0]["lr"] = self.s.critic_lr * poly(i, self.steps, self.s.power)
+        if self.judge:
+            self.judge.param_groups[0]["lr"] = self.s.critic_lr * poly(i, self.steps, self.s.power)
         self.net.train()
         if self.frozen_norm:
             freeze_batch_norm(self.net)
 
     def _update(self, terms, critic):
-        return apply_update(self.sgd, terms, self.s.clip_norm) | (apply_update(self.adam, critic) if critic else {})
+        return apply_update(self.learn, terms, self.s.clip_norm) | (apply_update(self.judge, critic) if critic else {})
 
-# %% ../nbs/11_trainer.ipynb #b1580e6b
+# %% ../nbs/11_trainer.ipynb #2f16b31e
 def apply_update(optimiser: torch.optim.Optimizer, terms: dict,
                  clip_norm: float = 0.0,  # largest norm of the whole gradient, 0 = no limit
                  ) -> dict:  # {name: scalar} for the log
@@ -307,7 +311,7 @@ def apply_update(optimiser: torch.optim.Optimizer, terms: dict,
     optimiser.step()
     return {k if "/" in k else f"loss/{k}": v.detach().abs() for k, v in terms.items()}
 
-# %% ../nbs/11_trainer.ipynb #5739f932
+# %% ../nbs/11_trainer.ipynb #a78f9eac
 class TranslationStep:
     "One step of Eq. 12: generators, then critics."
 
