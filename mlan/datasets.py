@@ -7,7 +7,7 @@ __all__ = ['CITYSCAPES', 'SYNTHIA16', 'AIRSIM_NH', 'CAMVID', 'LAYOUTS', 'DataErr
            'merged_groups', 'SharedClasses', 'label_table', 'shared_classes', 'Streets', 'read_image', 'read_labels',
            'PairedFolder', 'camvid', 'airsim_nh', 'folder', 'open_dataset', 'check_dataset', 'Samples', 'Stream']
 
-# %% ../nbs/01_datasets.ipynb #4ecbcc30
+# %% ../nbs/01_datasets.ipynb #579e133c
 import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from .streets import CITYSCAPES_CLASSES, CITYSCAPES_COLORS, DOMAINS, IGNORE, SPLITS, draw_street
 
-# %% ../nbs/01_datasets.ipynb #1ddf67de
+# %% ../nbs/01_datasets.ipynb #0c469ba0
 class DataError(ValueError):
     "Something is wrong with the data: the message names the file or the argument, and the mend."
 
@@ -38,7 +38,7 @@ def _require(ok: bool, message: str) -> None:
 def _known_split(split: str) -> None:
     _require(split in SPLITS, f"There is no split {split!r}: write one of {', '.join(SPLITS)}.")
 
-# %% ../nbs/01_datasets.ipynb #50b76c66
+# %% ../nbs/01_datasets.ipynb #02b8ec8f
 @dataclass(frozen=True)
 class LabelSpace:
     "What the ids of a data set's label images mean, told in Cityscapes' classes."
@@ -64,7 +64,7 @@ class LabelSpace:
         first = [min(cover, key=CITYSCAPES_CLASSES.index, default=None) for cover in self.covers]
         return np.array([palette.get(name, (0, 0, 0)) for name in first], np.uint8)
 
-# %% ../nbs/01_datasets.ipynb #a94f601f
+# %% ../nbs/01_datasets.ipynb #38de314f
 def cityscapes_subset(
     name: str,  # the new label space's name
     without: tuple[str, ...] = (),  # Cityscapes classes that it lacks
@@ -81,7 +81,7 @@ SYNTHIA16 = cityscapes_subset("synthia16", without=("terrain", "truck", "train")
 _RARE = ("traffic light", "traffic sign", "person", "rider", "truck", "bus", "train", "motorcycle", "bicycle")
 AIRSIM_NH = cityscapes_subset("airsim_nh", without=("sidewalk", *_RARE), road="sidewalk")
 
-# %% ../nbs/01_datasets.ipynb #1904f72c
+# %% ../nbs/01_datasets.ipynb #390cb86a
 _CAMVID = {
     "Sky": "sky", "Building": "building, wall", "Pole": "pole", "Road": "road", "Sidewalk": "sidewalk",
     "Tree": "vegetation, terrain", "SignSymbol": "traffic sign, traffic light", "Fence": "fence",
@@ -90,7 +90,7 @@ _CAMVID = {
 _CAMVID_COVERS = tuple(frozenset(names.split(", ")) for names in _CAMVID.values())
 CAMVID = LabelSpace("camvid", tuple(_CAMVID), _CAMVID_COVERS, ids=tuple(range(11)), ignore=(11, IGNORE))
 
-# %% ../nbs/01_datasets.ipynb #a6af9379
+# %% ../nbs/01_datasets.ipynb #1d27611e
 def merged_groups(
     *spaces: LabelSpace,  # the label spaces that must agree
 ) -> list[tuple[str, ...]]:  # groups of Cityscapes classes, each in Cityscapes' order
@@ -102,7 +102,7 @@ def merged_groups(
     ordered = [tuple(sorted(group, key=CITYSCAPES_CLASSES.index)) for group in groups]
     return sorted(ordered, key=lambda group: CITYSCAPES_CLASSES.index(group[0]))
 
-# %% ../nbs/01_datasets.ipynb #b5fa7096
+# %% ../nbs/01_datasets.ipynb #c32a8389
 @dataclass(frozen=True, eq=False)
 class SharedClasses:
     "The classes that a source and a target are both scored on, and how each one's raw ids lead to them."
@@ -127,7 +127,7 @@ def label_table(
         lut[raw] = next((k for k, group in enumerate(groups) if cover and cover <= set(group)), IGNORE)
     return lut
 
-# %% ../nbs/01_datasets.ipynb #4b31cea3
+# %% ../nbs/01_datasets.ipynb #c546dc76
 def shared_classes(
     source: LabelSpace,  # of the labelled data set
     target: LabelSpace,  # of the unlabelled one
@@ -140,7 +140,7 @@ def shared_classes(
     colors = np.array([CITYSCAPES_COLORS[CITYSCAPES_CLASSES.index(name)] for name in names], np.uint8)
     return SharedClasses(names, groups, colors, label_table(source, groups), label_table(target, groups))
 
-# %% ../nbs/01_datasets.ipynb #65e86b9f
+# %% ../nbs/01_datasets.ipynb #0bc02e7e
 _SCENES, _ROOM = {}, 2 << 30  # what this process has drawn, oldest first, and how many bytes of it are kept
 
 
@@ -162,12 +162,12 @@ def _drawn(ds: "Streets", i: int) -> tuple[np.ndarray, np.ndarray]:
         _keep(scene, draw_street(*scene))
     return _SCENES[scene]
 
-# %% ../nbs/01_datasets.ipynb #edcf0229
+# %% ../nbs/01_datasets.ipynb #5aa4fb63
 def _digest(*parts: object) -> str:
     "12 hexadecimal digits that change when any part does."
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
 
-# %% ../nbs/01_datasets.ipynb #c6da0722
+# %% ../nbs/01_datasets.ipynb #0f0c934d
 @dataclass
 class Streets:
     "The built-in scenes of one domain and split as a data set."
@@ -197,12 +197,12 @@ class Streets:
         "Draw all that is not yet in memory, in several processes, as drawing is Python all the way down."
         todo = [scene for scene in (_scene(self, i) for i in range(self.n)) if scene not in _SCENES]
         made = Parallel(workers, return_as="generator")(delayed(draw_street)(*scene) for scene in todo)
-        for scene, drawn in zip(todo, tqdm(made, total=len(todo), desc="drawing", disable=not (progress and todo))):
+        for drawn, scene in zip(tqdm(made, total=len(todo), desc="drawing", disable=not (progress and todo)), todo):
             _keep(scene, drawn)
         if workers > 1 and todo:
             get_reusable_executor().shutdown(wait=True)  # idle workers would hold up the exit of a forked parent for minutes
 
-# %% ../nbs/01_datasets.ipynb #56fe3919
+# %% ../nbs/01_datasets.ipynb #d3e5beac
 def _read(path: Path, decode: callable) -> np.ndarray:
     "What `decode` makes of the opened file; whatever a broken file makes Pillow raise becomes one sentence."
     try:
@@ -223,7 +223,7 @@ def read_image(
         return np.array(ImageOps.exif_transpose(file).convert("RGB"))
     return _read(path, decode)
 
-# %% ../nbs/01_datasets.ipynb #2fc12aa0
+# %% ../nbs/01_datasets.ipynb #50ad6502
 def read_labels(
     path: Path,  # a PNG file with one channel: grey with 1 to 16 bits, or with a palette
 ) -> np.ndarray:  # (H, W) uint8 raw ids
@@ -237,7 +237,7 @@ def read_labels(
         return ids.astype(np.uint8)
     return _read(path, decode)
 
-# %% ../nbs/01_datasets.ipynb #85022507
+# %% ../nbs/01_datasets.ipynb #054c89d7
 def _files_by_stem(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
     "Stem -> file, in the order of the names."
     _require(folder.is_dir(), f"There is no folder {folder}: make it, or correct the path that leads there.")
@@ -265,7 +265,7 @@ def _stats(pairs: dict[str, tuple[Path, ...]]) -> list[tuple[str, int, int]]:
     "Name, size and time of every file: what a fingerprint goes by, as reading them all would take too long."
     return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for pair in pairs.values() for file in pair]
 
-# %% ../nbs/01_datasets.ipynb #457ebe08
+# %% ../nbs/01_datasets.ipynb #1f7fba6f
 class PairedFolder:
     "A folder of images and one of label images with the same stems."
 
@@ -295,7 +295,7 @@ class PairedFolder:
         "The same folders with these pairs only."
         return PairedFolder(self.folder, self.label_folder, self.space, self.title, stems)
 
-# %% ../nbs/01_datasets.ipynb #19dc2835
+# %% ../nbs/01_datasets.ipynb #b81323d0
 def camvid(
     root: Path,  # SegNet's layout: train, trainannot, val, valannot, test, testannot
     split: str,  # train, val or test
@@ -317,7 +317,7 @@ def airsim_nh(
         return whole.take([s for s in whole.stems if s.startswith("front") and frame[s] > 500])
     return whole.take([s for s in whole.stems if split == "test" or not 480 < frame[s] <= 620])
 
-# %% ../nbs/01_datasets.ipynb #5f166ea3
+# %% ../nbs/01_datasets.ipynb #f7c680a5
 def folder(
     root: Path,  # ROOT/images and ROOT/labels, or ROOT/{train,val,test}/{images,labels}; labels are optional
     split: str,  # train, val or test
@@ -341,7 +341,7 @@ def _block(stems: list[str], split: str, missing: list[str], base: Path) -> list
     start = 0 if split == "train" else first + part * missing.index(split)
     return stems[start : first if split == "train" else start + part]
 
-# %% ../nbs/01_datasets.ipynb #15563065
+# %% ../nbs/01_datasets.ipynb #56f08fa2
 LAYOUTS = {"camvid": camvid, "airsim_nh": airsim_nh, "folder": folder}
 
 
@@ -366,7 +366,7 @@ def open_dataset(
     _require(n is None or n > 0, f"n={n} leaves nothing of {spec}: give n of at least 1.")
     return found if n is None or n >= len(found) else found.take([found.stems[i * len(found) // n] for i in range(n)])
 
-# %% ../nbs/01_datasets.ipynb #1181ad5e
+# %% ../nbs/01_datasets.ipynb #010a6461
 def _root(name: str, data_root: Path | None) -> Path:
     "The data set's own folder under `data_root` or MLAN_DATA."
     above = data_root or os.environ.get("MLAN_DATA")
@@ -386,7 +386,7 @@ def _given(spec: object, split: str) -> object:
     _require(not lacks, f"A {type(spec).__name__} is no data set, as it lacks {lacks}: give a name or define them.")
     return spec
 
-# %% ../nbs/01_datasets.ipynb #8fb5d1de
+# %% ../nbs/01_datasets.ipynb #5ae64372
 def _check_pair(ds: object, i: int) -> tuple[tuple[int, int], np.ndarray]:
     "Size and histogram of raw ids (256,) of one pair; DataError if they cannot be trained on."
     image, where, known = ds.image(i), ds.name(i), {*ds.space.ids, *ds.space.ignore}
@@ -405,7 +405,7 @@ def _check_pair(ds: object, i: int) -> tuple[tuple[int, int], np.ndarray]:
     _require(not strange, f"The labels of {where} hold {strange}, and {ours}: map them to these.")
     return size, counts
 
-# %% ../nbs/01_datasets.ipynb #f1b3d211
+# %% ../nbs/01_datasets.ipynb #943faf87
 def check_dataset(
     ds: object,  # a data set
     space_lut: np.ndarray | None = None,  # (256,) of SharedClasses: adds the share of pixels that is scored
@@ -432,7 +432,7 @@ def _shares(space: LabelSpace, counts: np.ndarray, lut: np.ndarray | None) -> di
     scored = {} if lut is None else {"scored": float(share[lut != IGNORE].sum())}
     return {"classes": classes, "ignored": float(share[list(space.ignore)].sum()), **scored}
 
-# %% ../nbs/01_datasets.ipynb #2c0a925e
+# %% ../nbs/01_datasets.ipynb #e53d8495
 def _sample(
     ds: object, i: int, size: tuple[int, int], lut: np.ndarray | None  # no labels are read if lut is None
 ) -> tuple[np.ndarray, np.ndarray]:  # (H, W, 3) and (H, W) uint8
@@ -444,7 +444,7 @@ def _sample(
     labels = Image.fromarray(ds.labels(i)).resize((width, height), Image.Resampling.NEAREST)
     return image, lut[np.array(labels)]
 
-# %% ../nbs/01_datasets.ipynb #782de62a
+# %% ../nbs/01_datasets.ipynb #c4ceea8f
 class Samples:
     "A data set as tensors of one size: decoded once, kept in memory as uint8."
 
@@ -474,7 +474,7 @@ class Samples:
         _fill(self, workers, progress)
         return self
 
-# %% ../nbs/01_datasets.ipynb #0d491645
+# %% ../nbs/01_datasets.ipynb #66199a66
 def _own_ids(space: LabelSpace) -> np.ndarray:  # (256,) uint8
     "The table that keeps a space's ids and sends its void to IGNORE."
     return np.where(np.isin(np.arange(256), space.ignore), IGNORE, np.arange(256)).astype(np.uint8)
@@ -498,10 +498,10 @@ def _fill(samples: Samples, workers: int, progress: bool) -> None:
         samples.ds.draw(workers, progress)
     made = Parallel(workers, prefer="threads", return_as="generator")(
         delayed(_sample)(samples.ds, i, samples.size, samples._lut) for i in todo)
-    for i, pair in zip(todo, tqdm(made, total=len(todo), desc="loading", disable=not (progress and todo))):
+    for pair, i in zip(tqdm(made, total=len(todo), desc="loading", disable=not (progress and todo)), todo):
         _tensors(samples, i, pair)
 
-# %% ../nbs/01_datasets.ipynb #70b0b35f
+# %% ../nbs/01_datasets.ipynb #0fa21594
 @lru_cache(maxsize=16)
 def _order(n: int, seed: int, epoch: int) -> np.ndarray:
     "The permutation of one epoch, from a generator of its own."

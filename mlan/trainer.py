@@ -7,7 +7,7 @@ __all__ = ['PLANS', 'QUICK', 'PROFILES', 'CHOICES', 'Plan', 'Settings', 'make_se
            'train_loop', 'poly', 'segmentation_optimiser', 'critic_optimiser', 'both_flows', 'SegmentationStep',
            'apply_update', 'TranslationStep']
 
-# %% ../nbs/11_trainer.ipynb #c30197eb
+# %% ../nbs/11_trainer.ipynb #344ffab8
 import json
 import os
 import time
@@ -24,7 +24,7 @@ from .region_al import adaptive_weight
 from .region_labels import DESCRIPTORS, region_grid
 from .translation import TranslationPair
 
-# %% ../nbs/11_trainer.ipynb #8a223616
+# %% ../nbs/11_trainer.ipynb #6c0bb499
 @dataclass(frozen=True)
 class Plan:
     "The stages of a method."
@@ -46,7 +46,7 @@ PLANS = {name: Plan(name) for name in ABLATIONS} | {
     "oracle": Plan("source_only"),
 }
 
-# %% ../nbs/11_trainer.ipynb #e3a6d539
+# %% ../nbs/11_trainer.ipynb #093a34e6
 @dataclass(frozen=True)
 class _DataSettings:
     source: str = ""  # "streets:engine", "airsim_nh", "folder:PATH", ...
@@ -62,7 +62,7 @@ class _DataSettings:
     n_val: int = 0  # images of the target's val split, on which weights of the losses are chosen
     n_test: int = 0  # images of the target's test split, the one reported
 
-# %% ../nbs/11_trainer.ipynb #fb1813f1
+# %% ../nbs/11_trainer.ipynb #47c182f7
 @dataclass(frozen=True)
 class _ModelSettings(_DataSettings):
     patches: tuple = (32, 64, 128)  # region sizes in training pixels (R1)
@@ -75,7 +75,7 @@ class _ModelSettings(_DataSettings):
     critic_width: int = 64  # C_image's first channels (Section 4.2)
     pooling: str = "resize"  # R7
 
-# %% ../nbs/11_trainer.ipynb #6ee1aaa2
+# %% ../nbs/11_trainer.ipynb #a54cc6b7
 @dataclass(frozen=True)
 class _TrainingSettings(_ModelSettings):
     warmup_steps: int = 0  # source-only steps before adaptation; 0 with ImageNet weights, as in the paper
@@ -98,7 +98,7 @@ class _TrainingSettings(_ModelSettings):
     map_weights: str = "raw"  # R9
     reading: str = "entropy"  # R4
 
-# %% ../nbs/11_trainer.ipynb #41f4653a
+# %% ../nbs/11_trainer.ipynb #3c2bcb4c
 @dataclass(frozen=True)
 class Settings(_TrainingSettings):
     "All that determines a run's result, flat. Lengths in steps, sizes (height, width) in pixels."
@@ -115,7 +115,7 @@ class Settings(_TrainingSettings):
     val_every: int = 0  # score val every so many steps while training, 0 = never
     checkpoint_every: int = 1000
 
-# %% ../nbs/11_trainer.ipynb #be254d24
+# %% ../nbs/11_trainer.ipynb #ae6c99b2
 QUICK = dict(size=(64, 128), target_size=(64, 128), patches=(8, 16, 32), min_samples=4, backbone="small", weights="none",
              warmup_steps=900, warmup_lr=0.002, steps=500, schedule_steps=500, batch_size=6, optimiser="adamw", lr=0.001, head_lr=1.0,
              clip_norm=10.0, critic_lr=2e-3, critic_width=16, ramp_steps=100, map_weights="normalised",
@@ -124,7 +124,7 @@ QUICK = dict(size=(64, 128), target_size=(64, 128), patches=(8, 16, 32), min_sam
              self_training_steps=200, self_training_lr=3e-4, log_every=20, val_every=250, checkpoint_every=100)
 PROFILES = {"quick": QUICK, "paper": {}}
 
-# %% ../nbs/11_trainer.ipynb #1c287629
+# %% ../nbs/11_trainer.ipynb #e78712d6
 CHOICES = {"method": tuple(PLANS), "profile": tuple(PROFILES), "backbone": BACKBONES, "descriptor": DESCRIPTORS,
            "map_weights": MAP_WEIGHTS, "optimiser": ("sgd", "adamw"), "reading": ("entropy", "literal"),
            "pooling": ("resize", "adaptive")}
@@ -149,7 +149,7 @@ def _typed(name, default, value):
     except (TypeError, ValueError):
         raise ValueError(f"setting {name} must be like {default!r} ({kind.__name__}), not {value!r}") from None
 
-# %% ../nbs/11_trainer.ipynb #b8926006
+# %% ../nbs/11_trainer.ipynb #f21b5b40
 def make_settings(source: str, target: str, method: str = "mlan", profile: str = "quick",
                   **overrides,  # any field of Settings
                   ) -> Settings:
@@ -168,7 +168,7 @@ def make_settings(source: str, target: str, method: str = "mlan", profile: str =
             raise ValueError(f"setting {name} is {getattr(settings, name)}; it must be at least 1")
     return settings
 
-# %% ../nbs/11_trainer.ipynb #c2607354
+# %% ../nbs/11_trainer.ipynb #327e8758
 class TrainingError(RuntimeError):
     "Training cannot go on; the message names stage, step, and the checkpoint that is kept."
 
@@ -179,7 +179,7 @@ def save_atomically(value, path: Path):
     torch.save(value, part)
     part.replace(path)
 
-# %% ../nbs/11_trainer.ipynb #ff641042
+# %% ../nbs/11_trainer.ipynb #e066f32b
 def _resume(parts, checkpoint, log):
     "Load a checkpoint if there is one; returns the step to go on from, and cuts the log to it."
     if not checkpoint.exists():
@@ -203,7 +203,7 @@ def _stop_if_not_finite(rows, done, checkpoint, title):
                 raise TrainingError(f"{title}: {name} is not finite at step {done - len(rows) + i + 1}; {kept}; "
                                     "lower the learning rate or the lambdas")
 
-# %% ../nbs/11_trainer.ipynb #d7bc8f65
+# %% ../nbs/11_trainer.ipynb #576d6415
 def _due(done, every, steps):
     "Every so many steps, and after the last one; 0 = never."
     return every > 0 and (done % every == 0 or done == steps)
@@ -235,7 +235,7 @@ def train_loop(step,  # object with .parts {name: has state_dict} and __call__(i
             save_atomically({"step": done, "parts": parts, "rng": torch.get_rng_state()}, checkpoint)
     return log
 
-# %% ../nbs/11_trainer.ipynb #b09108e9
+# %% ../nbs/11_trainer.ipynb #98914f2f
 def poly(step: int, steps: int, power: float = 0.9) -> float:
     "The poly schedule: (1 - step / steps) ** power, and never quite zero."
     return (1 - min(step, steps - 1) / steps) ** power
@@ -255,7 +255,7 @@ def critic_optimiser(alignment: CoRegularizedAL | None, settings: Settings) -> t
     if alignment and alignment.critics:
         return torch.optim.Adam([p for c in alignment.critics for p in c.parameters()], settings.critic_lr, (0.9, 0.99))
 
-# %% ../nbs/11_trainer.ipynb #ce401e83
+# %% ../nbs/11_trainer.ipynb #a1540821
 def both_flows(net: Segmenter, source: tuple,  # images (B, 3, H, W), region labels a level
                target: Tensor,  # images (B, 3, H', W')
                patches: tuple,  # s, 2s, 4s
@@ -269,7 +269,7 @@ def both_flows(net: Segmenter, source: tuple,  # images (B, 3, H, W), region lab
         f_s, f_t = net.extractor(images), net.extractor(target)
     return Flow(f_s, grids_s, regions), Flow(f_t, grids_t)
 
-# %% ../nbs/11_trainer.ipynb #277d36c8
+# %% ../nbs/11_trainer.ipynb #b2630f32
 class SegmentationStep:
     "One step of Eq. 10 for E, C_seg, C_region and C_image; without an alignment, of Eq. 2 or 14."
 
@@ -305,7 +305,7 @@ class SegmentationStep:
     def _update(self, terms, critic):
         return apply_update(self.learn, terms, self.s.clip_norm) | (apply_update(self.judge, critic) if critic else {})
 
-# %% ../nbs/11_trainer.ipynb #da2f0a6f
+# %% ../nbs/11_trainer.ipynb #3fd0669c
 def apply_update(optimiser: torch.optim.Optimizer, terms: dict,
                  clip_norm: float = 0.0,  # largest norm of the whole gradient, 0 = no limit
                  ) -> dict:  # {name: scalar} for the log
@@ -317,7 +317,7 @@ def apply_update(optimiser: torch.optim.Optimizer, terms: dict,
     optimiser.step()
     return {k if "/" in k else f"loss/{k}": v.detach().abs() for k, v in terms.items()}
 
-# %% ../nbs/11_trainer.ipynb #33c04c4e
+# %% ../nbs/11_trainer.ipynb #44a5e465
 class TranslationStep:
     "One step of Eq. 12: generators, then critics."
 

@@ -2,6 +2,7 @@
 
 python results/make_tables.py            prints them
 python results/make_tables.py --write    puts them between the marks in README.md
+python results/make_tables.py --collect FOLDER FILE    writes the records of all finished runs in FOLDER to FILE first
 """
 import json
 import sys
@@ -18,6 +19,13 @@ NAMES = {"source_only": "source only", "adabn": "source only + AdaBN", "rll": "R
 def records() -> list:
     "All records of runs, in the order of the files' names."
     return [json.loads(line) for path in sorted(HERE.glob("runs_*.jsonl")) for line in path.read_text().splitlines()]
+
+
+def collect(folder: Path, file: Path) -> None:
+    "Write the records of a folder's finished runs to one file, by seed and method."
+    rows = [json.loads(path.read_text()) for path in sorted(folder.glob("*/result.json"))]
+    rows.sort(key=lambda r: (r["seed"], r["method"]))
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def spread(values: list) -> str:
@@ -58,7 +66,9 @@ def with_tables(text: str) -> str:
 
 if __name__ == "__main__":
     readme = HERE.parent / "README.md"
-    if "--write" in sys.argv:
+    if "--collect" in sys.argv:
+        collect(*map(Path, sys.argv[2:4]))
+    elif "--write" in sys.argv:
         readme.write_text(with_tables(readme.read_text()))
     else:
         print(tables())

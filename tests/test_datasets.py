@@ -12,6 +12,7 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 from skimage.transform import resize as skimage_resize
 
+from mlan import datasets
 from mlan.datasets import (
     AIRSIM_NH,
     CAMVID,
@@ -31,7 +32,7 @@ from mlan.datasets import (
     read_labels,
     shared_classes,
 )
-from mlan.streets import CITYSCAPES_CLASSES, CITYSCAPES_COLORS, IGNORE
+from mlan.streets import CITYSCAPES_CLASSES, CITYSCAPES_COLORS, IGNORE, draw_street
 
 SPLITS = ("train", "val", "test")
 SPACES = (CITYSCAPES, SYNTHIA16, CAMVID, AIRSIM_NH)
@@ -335,6 +336,32 @@ def test_objects_pass_as_they_are():
 
 
 # Streets
+
+
+def test_a_scene_is_drawn_once_and_the_oldest_makes_room(monkeypatch):
+    drawn, size = [], (32, 32)
+    monkeypatch.setattr(datasets, "_SCENES", {})
+    monkeypatch.setattr(datasets, "_ROOM", 3 * 4 * 32 * 32)
+    monkeypatch.setattr(datasets, "draw_street", lambda *scene: drawn.append(scene[1]) or draw_street(*scene))
+    ds = Streets("engine", size=size, n=5)
+    for i in (0, 0, 1, 2, 0):
+        ds.image(i), ds.labels(i)
+    assert drawn == [0, 1, 2]
+    ds.image(3)
+    ds.image(2), ds.image(3), ds.image(0)
+    assert drawn == [0, 1, 2, 3, 0]
+    image, labels = draw_street("engine", 2, size)
+    assert (ds.image(2) == image).all() and (ds.labels(2) == labels).all()
+
+
+def test_scenes_drawn_by_workers_are_those_drawn_alone(monkeypatch):
+    monkeypatch.setattr(datasets, "_SCENES", {})
+    ds = Streets("camera", "val", size=(32, 32), n=4)
+    Samples(ds, (32, 32)).load(workers=2)
+    assert [scene[1] for scene in datasets._SCENES] == [0, 1, 2, 3]
+    for i in range(4):
+        image, labels = draw_street("camera", i, (32, 32), "val")
+        assert (ds.image(i) == image).all() and (ds.labels(i) == labels).all()
 
 
 def test_streets_differ_by_split_seed_and_domain_and_repeat():
