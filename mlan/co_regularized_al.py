@@ -6,7 +6,7 @@
 __all__ = ['MAP_WEIGHTS', 'ABLATIONS', 'resize_map', 'region_consistency_map', 'image_consistency_map', 'map_weight',
            'regularized_entropy', 'regularized_image', 'Ablation', 'AlignmentSettings', 'Flow', 'CoRegularizedAL']
 
-# %% ../nbs/06_co_regularized_al.ipynb #22448c6d
+# %% ../nbs/06_co_regularized_al.ipynb #8ab7036b
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,7 @@ from .image_al import domain_loss, image_alignment_map
 from .networks import DomainClassifier, RegionClassifier, frozen, resize
 from .region_al import entropy_loss, region_entropy_map, region_logits, region_loss
 
-# %% ../nbs/06_co_regularized_al.ipynb #88846851
+# %% ../nbs/06_co_regularized_al.ipynb #5d9446c6
 def resize_map(maps: Tensor,  # (B, u, v)
                grid: tuple,  # (I, J)
                ) -> Tensor:  # (B, I, J)
@@ -35,7 +35,7 @@ def image_consistency_map(target_logits: Tensor,  # (B, 1, U, V) from C_image
     "M_image (ILCM) of Eq. 7: 1 - log C(E(x_t))."
     return 1 + image_alignment_map(target_logits).detach()
 
-# %% ../nbs/06_co_regularized_al.ipynb #bddb0fcc
+# %% ../nbs/06_co_regularized_al.ipynb #25d89089
 MAP_WEIGHTS = ("raw", "normalised", "shuffled")
 
 
@@ -53,7 +53,7 @@ def map_weight(maps: Tensor,  # (B, I, J), detached
     order = torch.rand(maps.flatten(1).shape, device=maps.device).argsort(1)
     return maps.flatten(1).gather(1, order).view_as(maps)
 
-# %% ../nbs/06_co_regularized_al.ipynb #72427c1e
+# %% ../nbs/06_co_regularized_al.ipynb #98fdfa9f
 def regularized_entropy(maps: list,  # per level (B, I, J), from `region_entropy_map`
                         image_map: Tensor | None,  # M_image (B, 3, 3), or None for Eq. 4
                         variant: str = "raw") -> Tensor:  # scalar
@@ -71,7 +71,7 @@ def regularized_image(alignment: Tensor,  # -log C(E(x_t)) (B, 3, 3), from `imag
         return alignment.mean()
     return (resize_map(alignment, region_map.shape[-2:]) * map_weight(region_map, variant)).mean()
 
-# %% ../nbs/06_co_regularized_al.ipynb #b6152ae6
+# %% ../nbs/06_co_regularized_al.ipynb #1765c660
 @dataclass(frozen=True)
 class Ablation:
     "A row of Table 1: which terms of Eq. 10 reach E."
@@ -98,7 +98,7 @@ ABLATIONS = {
     "cr_al": Ablation(region=True, entropy="regularized", image="regularized"),
 }
 
-# %% ../nbs/06_co_regularized_al.ipynb #ee84a802
+# %% ../nbs/06_co_regularized_al.ipynb #d57bb5ac
 @dataclass(frozen=True)
 class AlignmentSettings:
     "Weights and readings of Eq. 10."
@@ -118,7 +118,7 @@ class Flow:
     grids: list  # per level (I, J), finest first
     regions: list | None = None  # source only: per level int64 (B, I, J), 255 = none
 
-# %% ../nbs/06_co_regularized_al.ipynb #a5ed34c9
+# %% ../nbs/06_co_regularized_al.ipynb #a6216c68
 class _Classifiers(nn.Module):
     def __init__(self, ablation: Ablation,
                  channels: int,  # of E's features
@@ -141,14 +141,14 @@ class _Classifiers(nn.Module):
     @torch.no_grad()
     def maps(self, target: Flow,
              lambda_r: float = 0.0) -> tuple:  # M_region (B, I, J) and M_image (B, 3, 3)
-        "The consistency maps of Eq. 7; lambda_r = 0 (the end of training) gives plain entropy."
+        "The consistency maps of Eq. 7; lambda_r = 0 gives plain entropy."
         if not (self.ablation.needs_regions and self.ablation.needs_critic):
             raise ValueError("consistency maps need both C_region and C_image; align with 'cr_al' first")
         logits = region_logits(self.region_classifiers, target.features, target.grids)
         region = region_consistency_map([region_entropy_map(level, lambda_r) for level in logits])
         return region, image_consistency_map(self.domain_classifier(target.features))
 
-# %% ../nbs/06_co_regularized_al.ipynb #857a30e7
+# %% ../nbs/06_co_regularized_al.ipynb #40ebf943
 def _region_side(al, target, lambda_r):
     "Entropy maps a level (with gradient, reversed, where L_ent is played) and M_region; None where not needed."
     a = al.ablation
@@ -170,7 +170,7 @@ def _image_side(al, target):
         logits = al.domain_classifier(target.features)
         return image_alignment_map(logits), image_consistency_map(logits)
 
-# %% ../nbs/06_co_regularized_al.ipynb #6f0a6307
+# %% ../nbs/06_co_regularized_al.ipynb #7dd240fd
 class CoRegularizedAL(_Classifiers):
     "C_region (three levels), C_image and the terms that they add to L_seg: Eq. 3 to 10 with the switches of Table 1."
 

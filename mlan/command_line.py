@@ -6,7 +6,7 @@
 __all__ = ['DEMO', 'command_run', 'command_check', 'command_evaluate', 'command_predict', 'demo', 'command_demo',
            'command_report', 'main']
 
-# %% ../nbs/13_command_line.ipynb #bfb7a92c
+# %% ../nbs/13_command_line.ipynb #8046b349
 import argparse
 import json
 import sys
@@ -21,9 +21,9 @@ from tqdm import tqdm
 from .datasets import CITYSCAPES, PairedFolder, check_dataset, label_table, open_dataset
 from .evaluation import colorize, comparison_table, evaluate, method_title, network_input, predict_labels
 from .train import load_segmenter, report_runs, run_mlan
-from .trainer import PLANS, PROFILES, Settings, TrainingError
+from .trainer import PLANS, PROFILES, Settings, TrainingError, usable_device
 
-# %% ../nbs/13_command_line.ipynb #d605953e
+# %% ../nbs/13_command_line.ipynb #40666f73
 def _add_settings(parser):
     "A flag for every field of Settings that isn't an argument of its own."
     for f in fields(Settings):
@@ -40,46 +40,48 @@ def command_run(args) -> None:
         print(comparison_table({result.record["method"]: result.record}))
     print(f"\nreport: {result.out / 'report.html'}   weights: {result.out / 'checkpoint.pt'}")
 
-# %% ../nbs/13_command_line.ipynb #eacdfc42
+# %% ../nbs/13_command_line.ipynb #433eed39
 def command_check(args) -> None:
     "Read every file of a data set; print what is there, split by split."
     for split in args.splits:
         found = check_dataset(open_dataset(args.data, split))
         labels = "labelled" if found["labelled"] else "no labels"
-        print(f"{args.data} {split}: {found['n']} images, sizes {found['sizes']}, {labels}")
+        print(f"{args.data} {split}: {found['n']} images, {found['checked']} read, sizes {found['sizes']}, {labels}")
         if found["labelled"]:
             shares = [f"{name} {share:.1%}" for name, share in found["classes"].items()]
             print("  " + ", ".join([*shares, f"ignored {found['ignored']:.1%}"]))
         for warning in found["warnings"]:
             print(f"  note: {warning}")
 
-# %% ../nbs/13_command_line.ipynb #1a6c5b10
+# %% ../nbs/13_command_line.ipynb #afbc8cf3
 def command_evaluate(args) -> None:
     "Score a checkpoint on a labelled split."
-    net, about = load_segmenter(args.checkpoint, args.device)
+    device = usable_device(args.device)
+    net, about = load_segmenter(args.checkpoint, device)
     dataset = open_dataset(args.target, args.split, size=about["size"])
     table = label_table(dataset.space, about["members"])
-    scores = evaluate(net, dataset, table, about["classes"], about["size"], device=args.device, progress=not args.quiet)
+    scores = evaluate(net, dataset, table, about["classes"], about["size"], device=device, progress=not args.quiet)
     print(comparison_table({Path(args.checkpoint).parent.name: scores}))
 
 
 @torch.no_grad()
 def command_predict(args) -> None:
     "Label every image of a folder: class ids and colours, at the image's own size."
-    net, about = load_segmenter(args.checkpoint, args.device)
+    device = usable_device(args.device)
+    net, about = load_segmenter(args.checkpoint, device)
     photos, out = PairedFolder(args.images, None, CITYSCAPES), Path(args.out)
     for part in ("ids", "colors"):
         (out / part).mkdir(parents=True, exist_ok=True)
     for i, stem in enumerate(tqdm(photos.stems, desc="predict", disable=args.quiet)):
         image = photos.image(i)
-        logits = net(network_input(image, about["size"])[None].to(args.device))[0]
+        logits = net(network_input(image, about["size"])[None].to(device))[0]
         labels = predict_labels(logits, image.shape[:2]).cpu().numpy().astype("uint8")
         Image.fromarray(labels).save(out / "ids" / f"{stem}.png")
         Image.fromarray(colorize(labels, about["colors"])).save(out / "colors" / f"{stem}.png")
     (out / "classes.json").write_text(json.dumps(dict(enumerate(about["classes"])), indent=1))
     print(f"{len(photos)} images labelled in {out}: ids/ (class numbers), colors/, classes.json")
 
-# %% ../nbs/13_command_line.ipynb #888d60dc
+# %% ../nbs/13_command_line.ipynb #4aeaac6a
 DEMO = ("source_only", "cr_al", "mlan", "oracle")
 
 
@@ -106,12 +108,12 @@ def command_demo(args) -> None:
     print(comparison_table({m: r.record for m, r in results.items()}))
     print(f"\nCR-AL against source only: {gain:+.1f} points.   Pictures, curves, settings: {Path(args.out) / 'report.html'}")
 
-# %% ../nbs/13_command_line.ipynb #ad839eca
+# %% ../nbs/13_command_line.ipynb #9037bb7a
 def command_report(args) -> None:
     "One report on several runs of a pair."
     print(report_runs(args.runs, args.out))
 
-# %% ../nbs/13_command_line.ipynb #95ba5050
+# %% ../nbs/13_command_line.ipynb #0d62b67b
 def _command(commands, function, help, **flags):
     "A subcommand that calls the function; a flag with nargs and no default is an argument by position."
     sub = commands.add_parser(function.__name__.removeprefix("command_"), help=help, description=function.__doc__)
@@ -125,7 +127,7 @@ def _command(commands, function, help, **flags):
 def _parser():
     parser = argparse.ArgumentParser("mlan", description="Multi-level adversarial network for domain adaptive semantic segmentation.")
     command = partial(_command, parser.add_subparsers(required=True, metavar="COMMAND"))
-    needed, device = {"required": True}, {"default": "cuda" if torch.cuda.is_available() else "cpu"}
+    needed, device = {"required": True}, {"default": "auto"}
     run = command(command_run, "adapt from a labelled source to an unlabelled target", source=needed, target=needed,
                   method={"default": "mlan", "choices": list(PLANS)}, profile={"default": "quick", "choices": list(PROFILES)},
                   out={"default": "runs/mlan"}, stages={"help": "folder of stage outcomes to share between runs"})
@@ -138,12 +140,15 @@ def _parser():
     command(command_demo, "watch the method on built-in scenes", out={"default": "runs/demo"}, seed={"default": "0"})
     return parser
 
-# %% ../nbs/13_command_line.ipynb #8a67295c
+# %% ../nbs/13_command_line.ipynb #5ae9027c
 def main(argv: list | None = None) -> int:  # exit status: 0, or 2 where the input was wrong
     "The `mlan` command."
     args = _parser().parse_args(argv)
     try:
         args.function(args)
+    except torch.OutOfMemoryError:
+        print("mlan: the GPU's memory is full; lower batch_size or size, or give --device cpu", file=sys.stderr)
+        return 2
     except (ValueError, OSError, TrainingError) as error:
         print(f"mlan: {error}", file=sys.stderr)
         return 2

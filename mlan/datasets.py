@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['CITYSCAPES', 'SYNTHIA16', 'AIRSIM_NH', 'CAMVID', 'LAYOUTS', 'DataError', 'LabelSpace', 'cityscapes_subset',
            'merged_groups', 'SharedClasses', 'label_table', 'shared_classes', 'Streets', 'read_image', 'read_labels',
-           'PairedFolder', 'camvid', 'airsim_nh', 'folder', 'open_dataset', 'check_dataset', 'Samples', 'Stream']
+           'PairedFolder', 'camvid', 'airsim_nh', 'folder', 'open_dataset', 'given_dataset', 'check_dataset', 'Samples',
+           'Stream']
 
-# %% ../nbs/01_datasets.ipynb #579e133c
+# %% ../nbs/01_datasets.ipynb #6ae4431a
 import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +26,7 @@ from tqdm import tqdm
 
 from .streets import CITYSCAPES_CLASSES, CITYSCAPES_COLORS, DOMAINS, IGNORE, SPLITS, draw_street
 
-# %% ../nbs/01_datasets.ipynb #0c469ba0
+# %% ../nbs/01_datasets.ipynb #5d892c21
 class DataError(ValueError):
     "Something is wrong with the data: the message names the file or the argument, and the mend."
 
@@ -38,7 +39,7 @@ def _require(ok: bool, message: str) -> None:
 def _known_split(split: str) -> None:
     _require(split in SPLITS, f"There is no split {split!r}: write one of {', '.join(SPLITS)}.")
 
-# %% ../nbs/01_datasets.ipynb #02b8ec8f
+# %% ../nbs/01_datasets.ipynb #5f0d31bc
 @dataclass(frozen=True)
 class LabelSpace:
     "What the ids of a data set's label images mean, told in Cityscapes' classes."
@@ -64,7 +65,7 @@ class LabelSpace:
         first = [min(cover, key=CITYSCAPES_CLASSES.index, default=None) for cover in self.covers]
         return np.array([palette.get(name, (0, 0, 0)) for name in first], np.uint8)
 
-# %% ../nbs/01_datasets.ipynb #38de314f
+# %% ../nbs/01_datasets.ipynb #ce928ae4
 def cityscapes_subset(
     name: str,  # the new label space's name
     without: tuple[str, ...] = (),  # Cityscapes classes that it lacks
@@ -81,7 +82,7 @@ SYNTHIA16 = cityscapes_subset("synthia16", without=("terrain", "truck", "train")
 _RARE = ("traffic light", "traffic sign", "person", "rider", "truck", "bus", "train", "motorcycle", "bicycle")
 AIRSIM_NH = cityscapes_subset("airsim_nh", without=("sidewalk", *_RARE), road="sidewalk")
 
-# %% ../nbs/01_datasets.ipynb #390cb86a
+# %% ../nbs/01_datasets.ipynb #4e453476
 _CAMVID = {
     "Sky": "sky", "Building": "building, wall", "Pole": "pole", "Road": "road", "Sidewalk": "sidewalk",
     "Tree": "vegetation, terrain", "SignSymbol": "traffic sign, traffic light", "Fence": "fence",
@@ -90,7 +91,7 @@ _CAMVID = {
 _CAMVID_COVERS = tuple(frozenset(names.split(", ")) for names in _CAMVID.values())
 CAMVID = LabelSpace("camvid", tuple(_CAMVID), _CAMVID_COVERS, ids=tuple(range(11)), ignore=(11, IGNORE))
 
-# %% ../nbs/01_datasets.ipynb #1d27611e
+# %% ../nbs/01_datasets.ipynb #519afbcf
 def merged_groups(
     *spaces: LabelSpace,  # the label spaces that must agree
 ) -> list[tuple[str, ...]]:  # groups of Cityscapes classes, each in Cityscapes' order
@@ -102,7 +103,7 @@ def merged_groups(
     ordered = [tuple(sorted(group, key=CITYSCAPES_CLASSES.index)) for group in groups]
     return sorted(ordered, key=lambda group: CITYSCAPES_CLASSES.index(group[0]))
 
-# %% ../nbs/01_datasets.ipynb #c32a8389
+# %% ../nbs/01_datasets.ipynb #70669068
 @dataclass(frozen=True, eq=False)
 class SharedClasses:
     "The classes that a source and a target are both scored on, and how each one's raw ids lead to them."
@@ -127,7 +128,7 @@ def label_table(
         lut[raw] = next((k for k, group in enumerate(groups) if cover and cover <= set(group)), IGNORE)
     return lut
 
-# %% ../nbs/01_datasets.ipynb #c546dc76
+# %% ../nbs/01_datasets.ipynb #be16e7e1
 def shared_classes(
     source: LabelSpace,  # of the labelled data set
     target: LabelSpace,  # of the unlabelled one
@@ -140,7 +141,7 @@ def shared_classes(
     colors = np.array([CITYSCAPES_COLORS[CITYSCAPES_CLASSES.index(name)] for name in names], np.uint8)
     return SharedClasses(names, groups, colors, label_table(source, groups), label_table(target, groups))
 
-# %% ../nbs/01_datasets.ipynb #0bc02e7e
+# %% ../nbs/01_datasets.ipynb #61e3f25b
 _SCENES, _ROOM = {}, 2 << 30  # what this process has drawn, oldest first, and how many bytes of it are kept
 
 
@@ -162,12 +163,12 @@ def _drawn(ds: "Streets", i: int) -> tuple[np.ndarray, np.ndarray]:
         _keep(scene, draw_street(*scene))
     return _SCENES[scene]
 
-# %% ../nbs/01_datasets.ipynb #5aa4fb63
+# %% ../nbs/01_datasets.ipynb #172ec479
 def _digest(*parts: object) -> str:
     "12 hexadecimal digits that change when any part does."
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
 
-# %% ../nbs/01_datasets.ipynb #0f0c934d
+# %% ../nbs/01_datasets.ipynb #1e5590cc
 @dataclass
 class Streets:
     "The built-in scenes of one domain and split as a data set."
@@ -202,7 +203,7 @@ class Streets:
         if workers > 1 and todo:
             get_reusable_executor().shutdown(wait=True)  # idle workers would hold up the exit of a forked parent for minutes
 
-# %% ../nbs/01_datasets.ipynb #d3e5beac
+# %% ../nbs/01_datasets.ipynb #86c1986b
 def _read(path: Path, decode: callable) -> np.ndarray:
     "What `decode` makes of the opened file; whatever a broken file makes Pillow raise becomes one sentence."
     try:
@@ -223,7 +224,7 @@ def read_image(
         return np.array(ImageOps.exif_transpose(file).convert("RGB"))
     return _read(path, decode)
 
-# %% ../nbs/01_datasets.ipynb #50ad6502
+# %% ../nbs/01_datasets.ipynb #63180a3a
 def read_labels(
     path: Path,  # a PNG file with one channel: grey with 1 to 16 bits, or with a palette
 ) -> np.ndarray:  # (H, W) uint8 raw ids
@@ -237,7 +238,7 @@ def read_labels(
         return ids.astype(np.uint8)
     return _read(path, decode)
 
-# %% ../nbs/01_datasets.ipynb #054c89d7
+# %% ../nbs/01_datasets.ipynb #4034a416
 def _files_by_stem(folder: Path, suffixes: tuple[str, ...]) -> dict[str, Path]:
     "Stem -> file, in the order of the names."
     _require(folder.is_dir(), f"There is no folder {folder}: make it, or correct the path that leads there.")
@@ -265,7 +266,7 @@ def _stats(pairs: dict[str, tuple[Path, ...]]) -> list[tuple[str, int, int]]:
     "Name, size and time of every file: what a fingerprint goes by, as reading them all would take too long."
     return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for pair in pairs.values() for file in pair]
 
-# %% ../nbs/01_datasets.ipynb #1f7fba6f
+# %% ../nbs/01_datasets.ipynb #daa3d25b
 class PairedFolder:
     "A folder of images and one of label images with the same stems."
 
@@ -295,7 +296,7 @@ class PairedFolder:
         "The same folders with these pairs only."
         return PairedFolder(self.folder, self.label_folder, self.space, self.title, stems)
 
-# %% ../nbs/01_datasets.ipynb #b81323d0
+# %% ../nbs/01_datasets.ipynb #c608b394
 def camvid(
     root: Path,  # SegNet's layout: train, trainannot, val, valannot, test, testannot
     split: str,  # train, val or test
@@ -317,7 +318,7 @@ def airsim_nh(
         return whole.take([s for s in whole.stems if s.startswith("front") and frame[s] > 500])
     return whole.take([s for s in whole.stems if split == "test" or not 480 < frame[s] <= 620])
 
-# %% ../nbs/01_datasets.ipynb #f7c680a5
+# %% ../nbs/01_datasets.ipynb #013d4c38
 def folder(
     root: Path,  # ROOT/images and ROOT/labels, or ROOT/{train,val,test}/{images,labels}; labels are optional
     split: str,  # train, val or test
@@ -341,7 +342,7 @@ def _block(stems: list[str], split: str, missing: list[str], base: Path) -> list
     start = 0 if split == "train" else first + part * missing.index(split)
     return stems[start : first if split == "train" else start + part]
 
-# %% ../nbs/01_datasets.ipynb #56f08fa2
+# %% ../nbs/01_datasets.ipynb #87d59e6e
 LAYOUTS = {"camvid": camvid, "airsim_nh": airsim_nh, "folder": folder}
 
 
@@ -356,7 +357,7 @@ def open_dataset(
     "The data set that `spec` names."
     _known_split(split)
     if not isinstance(spec, str):
-        return _given(spec, split)
+        return given_dataset(spec, split)
     name, _, path = spec.partition(":")
     if name == "streets":
         return Streets(path, split, size, n, seed)
@@ -366,7 +367,7 @@ def open_dataset(
     _require(n is None or n > 0, f"n={n} leaves nothing of {spec}: give n of at least 1.")
     return found if n is None or n >= len(found) else found.take([found.stems[i * len(found) // n] for i in range(n)])
 
-# %% ../nbs/01_datasets.ipynb #010a6461
+# %% ../nbs/01_datasets.ipynb #3e8993de
 def _root(name: str, data_root: Path | None) -> Path:
     "The data set's own folder under `data_root` or MLAN_DATA."
     above = data_root or os.environ.get("MLAN_DATA")
@@ -376,7 +377,7 @@ def _root(name: str, data_root: Path | None) -> Path:
     return root
 
 
-def _given(spec: object, split: str) -> object:
+def given_dataset(spec: object, split: str) -> object:
     "A data set object as it is, or the one that a dict holds for this split."
     if isinstance(spec, dict):
         _require(split in spec, f"The dict of data sets has no {split!r}, only {list(spec)}: add it.")
@@ -386,7 +387,7 @@ def _given(spec: object, split: str) -> object:
     _require(not lacks, f"A {type(spec).__name__} is no data set, as it lacks {lacks}: give a name or define them.")
     return spec
 
-# %% ../nbs/01_datasets.ipynb #5ae64372
+# %% ../nbs/01_datasets.ipynb #4bc7e1ed
 def _check_pair(ds: object, i: int) -> tuple[tuple[int, int], np.ndarray]:
     "Size and histogram of raw ids (256,) of one pair; DataError if they cannot be trained on."
     image, where, known = ds.image(i), ds.name(i), {*ds.space.ids, *ds.space.ignore}
@@ -405,7 +406,7 @@ def _check_pair(ds: object, i: int) -> tuple[tuple[int, int], np.ndarray]:
     _require(not strange, f"The labels of {where} hold {strange}, and {ours}: map them to these.")
     return size, counts
 
-# %% ../nbs/01_datasets.ipynb #943faf87
+# %% ../nbs/01_datasets.ipynb #70226d6e
 def check_dataset(
     ds: object,  # a data set
     space_lut: np.ndarray | None = None,  # (256,) of SharedClasses: adds the share of pixels that is scored
@@ -432,7 +433,7 @@ def _shares(space: LabelSpace, counts: np.ndarray, lut: np.ndarray | None) -> di
     scored = {} if lut is None else {"scored": float(share[lut != IGNORE].sum())}
     return {"classes": classes, "ignored": float(share[list(space.ignore)].sum()), **scored}
 
-# %% ../nbs/01_datasets.ipynb #e53d8495
+# %% ../nbs/01_datasets.ipynb #8387147f
 def _sample(
     ds: object, i: int, size: tuple[int, int], lut: np.ndarray | None  # no labels are read if lut is None
 ) -> tuple[np.ndarray, np.ndarray]:  # (H, W, 3) and (H, W) uint8
@@ -444,7 +445,7 @@ def _sample(
     labels = Image.fromarray(ds.labels(i)).resize((width, height), Image.Resampling.NEAREST)
     return image, lut[np.array(labels)]
 
-# %% ../nbs/01_datasets.ipynb #c4ceea8f
+# %% ../nbs/01_datasets.ipynb #28ebf641
 class Samples:
     "A data set as tensors of one size: decoded once, kept in memory as uint8."
 
@@ -474,7 +475,7 @@ class Samples:
         _fill(self, workers, progress)
         return self
 
-# %% ../nbs/01_datasets.ipynb #66199a66
+# %% ../nbs/01_datasets.ipynb #ddfb2c91
 def _own_ids(space: LabelSpace) -> np.ndarray:  # (256,) uint8
     "The table that keeps a space's ids and sends its void to IGNORE."
     return np.where(np.isin(np.arange(256), space.ignore), IGNORE, np.arange(256)).astype(np.uint8)
@@ -501,7 +502,7 @@ def _fill(samples: Samples, workers: int, progress: bool) -> None:
     for pair, i in zip(tqdm(made, total=len(todo), desc="loading", disable=not (progress and todo)), todo):
         _tensors(samples, i, pair)
 
-# %% ../nbs/01_datasets.ipynb #0fa21594
+# %% ../nbs/01_datasets.ipynb #16332511
 @lru_cache(maxsize=16)
 def _order(n: int, seed: int, epoch: int) -> np.ndarray:
     "The permutation of one epoch, from a generator of its own."

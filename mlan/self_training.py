@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['pseudo_labels', 'class_thresholds', 'PseudoLabels', 'label_target']
 
-# %% ../nbs/09_self_training.ipynb #60a19eeb
+# %% ../nbs/09_self_training.ipynb #6a5bfb6b
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from .co_regularized_al import resize_map
 from .networks import resize
 
-# %% ../nbs/09_self_training.ipynb #c26deaa8
+# %% ../nbs/09_self_training.ipynb #1d35a1bf
 def pseudo_labels(probabilities: Tensor,  # (B, C, H, W), sum to 1 over C
                   thresholds: Tensor,  # (C,) exp(-k_c), from `class_thresholds`
                   weights: Tensor | None = None,  # (B, H, W) M_multi at image size with mean 1, or None for plain ST
@@ -25,7 +25,7 @@ def pseudo_labels(probabilities: Tensor,  # (B, C, H, W), sum to 1 over C
     best, labels = passing.max(1)
     return labels.masked_fill(best < 0, 255)
 
-# %% ../nbs/09_self_training.ipynb #e3031f42
+# %% ../nbs/09_self_training.ipynb #f1493951
 def class_thresholds(scores: Tensor,  # (P,) p^c x M_multi of each pixel's predicted class c
                      predicted: Tensor,  # int (P,) that class
                      n_classes: int,  # C
@@ -39,10 +39,11 @@ def class_thresholds(scores: Tensor,  # (P,) p^c x M_multi of each pixel's predi
         own = scores[predicted == c].sort(descending=True)[0]
         if len(own):
             kept = max(1, round(portion * len(own)))
-            thresholds[c] = own[kept] if kept < len(own) else -1.0
+            just_under = torch.nextafter(own[-1], own.new_tensor(-1.0))     # passes all own pixels, and no surer of others
+            thresholds[c] = own[kept] if kept < len(own) else just_under
     return thresholds
 
-# %% ../nbs/09_self_training.ipynb #94279d5d
+# %% ../nbs/09_self_training.ipynb #92e1e8c9
 @dataclass(frozen=True)
 class PseudoLabels:
     "Pseudo labels of n target images and how they came about."
@@ -50,7 +51,7 @@ class PseudoLabels:
     thresholds: Tensor  # (C,) exp(-k_c)
     coverage: float  # share of pixels with a label
 
-# %% ../nbs/09_self_training.ipynb #6bdc2f0c
+# %% ../nbs/09_self_training.ipynb #3d7c5265
 @torch.no_grad()
 def label_target(predict,  # images (B, 3, H, W) -> logits (B, C, h, w)
                  batches,  # function () -> iterable of images, in the data set's order
@@ -70,7 +71,7 @@ def label_target(predict,  # images (B, 3, H, W) -> logits (B, C, h, w)
                         for p, w in _probabilities(predict, batches(), maps)])
     return PseudoLabels(labels, thresholds, (labels != 255).float().mean().item())
 
-# %% ../nbs/09_self_training.ipynb #e304d065
+# %% ../nbs/09_self_training.ipynb #bcdd1a80
 def _probabilities(predict, batches, maps):
     "Probabilities at image size, and the map at image size, batch by batch."
     done = 0

@@ -8,31 +8,33 @@ __all__ = ['PairData', 'open_pair', 'digest', 'Run', 'source_batch', 'target_bat
            'Result', 'run_mlan', 'save_segmenter', 'load_segmenter', 'picture_rows', 'save_pictures', 'load_pictures',
            'report_runs']
 
-# %% ../nbs/12_train.ipynb #85f7dbdc
+# %% ../nbs/12_train.ipynb #ee5a7892
 import hashlib
 import json
 import os
 import platform
 import subprocess
 import time
+from copy import deepcopy
 from dataclasses import asdict, dataclass, fields
 from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock
 
 from .co_regularized_al import ABLATIONS, AlignmentSettings, CoRegularizedAL
 from .consistency_map import ConsistencyMaps, dataset_maps, normalise_maps
-from .datasets import DataError, Samples, SharedClasses, Stream, check_dataset, open_dataset, shared_classes
+from .datasets import DataError, Samples, SharedClasses, Stream, check_dataset, given_dataset, open_dataset, shared_classes
 from .evaluation import SYNTHIA_13, PictureRow, Scores, evaluate, mean_iou, method_title, network_input, predict_labels, write_report
 from .networks import Segmenter, build_extractor
 from .region_labels import RegionSettings, fit_vocabularies, label_dataset, load_regions, region_grid, save_regions
 from .self_training import label_target
-from .trainer import PLANS, SegmentationStep, Settings, TranslationStep, make_settings, save_atomically, train_loop
+from .trainer import PLANS, SegmentationStep, Settings, TranslationStep, make_settings, save_atomically, train_loop, usable_device
 from .translation import TranslationPair, TranslationSettings
 
-# %% ../nbs/12_train.ipynb #b0980956
+# %% ../nbs/12_train.ipynb #cdf00252
 @dataclass
 class PairData:
     "A source and a target, opened, mapped to shared classes and checked."
@@ -59,36 +61,50 @@ class PairData:
     def images(self) -> dict:  # how many a split
         return {k: len(getattr(self, k) or ()) for k in ("source", "target", "val", "test")}
 
-# %% ../nbs/12_train.ipynb #1edaf3f5
-def open_pair(settings: Settings, source=None, target=None) -> PairData:
-    "Open, check and load the data of a run; DataError names what is wrong before training starts."
-    s, source, target = settings, source or settings.source, target or settings.target
+# %% ../nbs/12_train.ipynb #c08e8ba5
+_OF_TARGET = {"train": "n_target", "val": "n_val", "test": "n_test"}
 
+
+def _opened(s: Settings, source, target) -> tuple:
+    "The source's label space, then data sets: what is trained on, the target's train, val and test."
     def draw(spec, split, size, n):
         return open_dataset(spec, split, size=size, seed=s.data_seed, n=n or None)
 
-    train_s, train_t = draw(source, "train", s.size, s.n_source), draw(target, "train", s.target_size, s.n_target)
-    shared = shared_classes(train_s.space, train_t.space)
-    lut = shared.source_lut
+    trained = draw(source, "train", s.size, s.n_source)
+    space = trained.space
     if s.method == "oracle":
-        train_s, lut = draw(target, "train", s.size, s.n_target), shared.target_lut
-    if not train_s.labelled:
-        raise DataError(f"The source {_name(source)} has no labels to train on: give a labelled data set.")
-    val, test = draw(target, "val", s.target_size, s.n_val), draw(target, "test", s.target_size, s.n_test)
-    for ds in (train_s, train_t, val, test):
+        trained = draw(target, "train", s.size, s.n_target)
+    of_target = [draw(target, split, s.target_size, getattr(s, n)) for split, n in _OF_TARGET.items()]
+    return space, trained, *of_target
+
+
+def _prints(trained, target, val, test) -> dict:
+    "What the data was, in fingerprints."
+    return {"source": trained.fingerprint(), "target": target.fingerprint(), "test": test.fingerprint()}
+
+
+def open_pair(settings: Settings, source=None, target=None) -> PairData:
+    "Open, check and load the data of a run; DataError names what is wrong before training starts."
+    s, source, target = settings, source or settings.source, target or settings.target
+    space, *opened = _opened(s, source, target)
+    trained, train_t, val, test = opened
+    shared, oracle = shared_classes(space, train_t.space), s.method == "oracle"
+    if not trained.labelled:
+        raise DataError(f"{_name(target if oracle else source)} has no labels to train on: give a labelled data set.")
+    for ds in opened:
         check_dataset(ds)
-    prints = {"source": train_s.fingerprint(), "target": train_t.fingerprint(), "test": test.fingerprint()}
     scored = [ds if ds.labelled else None for ds in (val, test)]
-    return PairData(shared, Samples(train_s, s.size, lut), Samples(train_t, s.target_size, labelled=False), *scored, prints)
+    learnt = Samples(trained, s.size, shared.target_lut if oracle else shared.source_lut)
+    return PairData(shared, learnt, Samples(train_t, s.target_size, labelled=False), *scored, _prints(*opened))
 
 
 def _name(spec) -> str:
     "What settings and messages call a data set: its own words, or its fingerprint."
     if isinstance(spec, str):
         return spec
-    return f"object:{(spec['train'] if isinstance(spec, dict) else spec).fingerprint()}"
+    return f"object:{given_dataset(spec, 'train').fingerprint()}"
 
-# %% ../nbs/12_train.ipynb #28a91dbe
+# %% ../nbs/12_train.ipynb #1b191434
 def digest(*parts) -> str:
     "Twelve hexadecimal digits that change when any part does."
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:12]
@@ -103,33 +119,32 @@ _OF_TRANSLATION = ("seed", "size", "target_size", "translation_steps", "translat
                    "translation_width")
 _OF_SELF_TRAINING = ("target_size", "portions", "self_training_steps", "self_training_lr", "clip_norm")
 
-# %% ../nbs/12_train.ipynb #410a40cf
+# %% ../nbs/12_train.ipynb #0c06deaf
 class Run:
     "Settings, data and device of a run, and what its stages have left so far."
 
     def __init__(self, settings: Settings, data: PairData, stages: Path,  # folder of the stages' outcomes
                  progress: bool = False):
         self.s, self.data, self.stages, self.progress = settings, data, Path(stages), progress
-        device = settings.device
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.device, self.plan = torch.device(device), PLANS[settings.method]
-        self.logs, self.seconds, self.facts, self.used = [], {}, {}, {}
+        self.device, self.plan = usable_device(settings.device), PLANS[settings.method]
+        self.logs, self.cost, self.facts, self.used = [], {}, {}, {}
         self.regions, self.relations, self.translated, self.maps, self.aligned = [], (), None, None, None
         self.stages.mkdir(parents=True, exist_ok=True)
 
     def file(self, stage: str, names: tuple, *uses) -> Path:
         "Where the outcome of a stage lies, without suffix."
         settings = {n: getattr(self.s, n) for n in names}
-        return self.stages / f"{stage}-{digest(stage, self.data.classes, *uses, settings)}"
+        return self.stages / f"{stage}-{digest(stage, self.data.shared.members, *uses, settings)}"
 
     def do(self, stage: str, path: Path, make) -> Path:
-        "Make the outcome unless it is there; remember how long that took, and its log."
-        began = time.time()
-        if not path.exists():
-            make()
-            self.seconds[stage] = round(time.time() - began, 1)
-        self.used[stage] = path
+        "Make the outcome unless it is there, and note what it cost; another process that makes it is waited for."
+        noted = Path(f"{path}.seconds")
+        with FileLock(f"{path}.lock"):
+            if not path.exists():
+                began = time.time()
+                make()
+                noted.write_text(f"{time.time() - began:.1f}")
+        self.used[stage], self.cost[stage] = path, float(noted.read_text()) if noted.exists() else None
         return path
 
     def keep_log(self, stage: str, prefix: Path):
@@ -139,7 +154,7 @@ class Run:
             self.logs += [{**json.loads(line), "stage": stage} for line in log.read_text().splitlines()]
         Path(f"{prefix}.partial.pt").unlink(missing_ok=True)
 
-# %% ../nbs/12_train.ipynb #d666bdae
+# %% ../nbs/12_train.ipynb #eeed87f3
 def _indices(run, i, n, batch, purpose):
     return Stream(n, batch, 4 * run.s.seed + purpose).indices(i)
 
@@ -171,7 +186,7 @@ def score(run: Run, net: Segmenter, dataset) -> Scores:
     data = run.data
     return evaluate(net.eval(), dataset, data.lut, data.classes, run.s.target_size, 16, run.device)
 
-# %% ../nbs/12_train.ipynb #049f46d0
+# %% ../nbs/12_train.ipynb #95db9552
 def label_regions(run: Run):
     "Stage: the vocabulary of context-relations and the source's region labels."
     s, source = run.s, run.data.source
@@ -188,7 +203,7 @@ def label_regions(run: Run):
     run.regions = [torch.from_numpy(level).long() for level in labels]
     run.facts["relations"] = list(run.relations)
 
-# %% ../nbs/12_train.ipynb #e319fd78
+# %% ../nbs/12_train.ipynb #4f7746e0
 def new_segmenter(run: Run) -> Segmenter:
     "E and C_seg as the seed makes them."
     torch.manual_seed(run.s.seed)
@@ -212,14 +227,14 @@ def warm_up(run: Run):
         net = new_segmenter(run)
         if s.warmup_steps:
             step = SegmentationStep(net, lambda i: source_batch(run, i), s.warmup_lr, s)
-            step.frozen_norm, step.steps = s.backbone != "small", s.warmup_steps
+            step.frozen_norm, step.steps = s.weights != "none", s.warmup_steps
             _train(run, "warm_up", step, s.warmup_steps, prefix)
         save_atomically(net.state_dict(), prefix.with_suffix(".pt"))
 
     run.do("warm_up", prefix.with_suffix(".pt"), make)
     run.keep_log("warm_up", prefix)
 
-# %% ../nbs/12_train.ipynb #d70ce62f
+# %% ../nbs/12_train.ipynb #02abf852
 def new_alignment(run: Run, channels: int, rates: tuple) -> CoRegularizedAL:
     "C_region and C_image of the method's ablation."
     settings = AlignmentSettings(**{f.name: getattr(run.s, f.name) for f in fields(AlignmentSettings)})
@@ -257,7 +272,7 @@ def align(run: Run, stage: str = "align") -> tuple:  # Segmenter, CoRegularizedA
         run.aligned = net, alignment
     return net, alignment
 
-# %% ../nbs/12_train.ipynb #447546a7
+# %% ../nbs/12_train.ipynb #90b887d4
 def make_maps(run: Run):
     "Stage: M_region, M_image and M_multi of every target image."
     path = run.file("maps", (), run.used["align"].name).with_suffix(".pt")
@@ -270,7 +285,7 @@ def make_maps(run: Run):
 
     run.maps = ConsistencyMaps(**torch.load(run.do("maps", path, make), weights_only=True))
 
-# %% ../nbs/12_train.ipynb #57a54425
+# %% ../nbs/12_train.ipynb #b33897b6
 def _train_translation(run, prefix, maps):
     "A trained pair; maps = M_multi with mean 1, or None for plain translation."
     s, data = run.s, run.data
@@ -303,7 +318,7 @@ def translate(run: Run):
     run.translated = torch.load(run.do("translation", prefix.with_suffix(".pt"), make), weights_only=True)["translated"]
     run.keep_log("translation", prefix)
 
-# %% ../nbs/12_train.ipynb #8d37d1eb
+# %% ../nbs/12_train.ipynb #56dca176
 def _round(run, net, r, portion, prefix):
     "One round: pseudo labels with this portion, then fine-tuning; returns what to record."
     s = run.s
@@ -321,7 +336,8 @@ def _round(run, net, r, portion, prefix):
 
 
 def self_train(run: Run, net: Segmenter) -> Segmenter:
-    "Stage: rounds of pseudo labels and fine-tuning."
+    "Stage: rounds of pseudo labels and fine-tuning, on a copy of the network."
+    net = deepcopy(net)     # run.aligned keeps the E that C_region and C_image know
     last = run.used.get("align_translated", run.used["align"])
     uses = run.used["maps"].name if run.plan.self_train == "regularized" else "plain"
     prefix = run.file("self_training", _OF_SELF_TRAINING, last.name, uses)
@@ -339,7 +355,7 @@ def self_train(run: Run, net: Segmenter) -> Segmenter:
     run.facts["self_training"] = state["rounds"]
     return net
 
-# %% ../nbs/12_train.ipynb #89aaad8f
+# %% ../nbs/12_train.ipynb #49117bdb
 def walk(run: Run) -> Segmenter:
     "All stages of the method's plan; returns the final E and C_seg."
     if ABLATIONS[run.plan.ablation].needs_regions:
@@ -354,7 +370,7 @@ def walk(run: Run) -> Segmenter:
         net, _ = align(run, "align_translated")
     return self_train(run, net) if run.plan.self_train else net
 
-# %% ../nbs/12_train.ipynb #eec9652d
+# %% ../nbs/12_train.ipynb #9ac3a440
 @dataclass(frozen=True)
 class Result:
     "What `run_mlan` returns."
@@ -374,10 +390,13 @@ def run_mlan(source, target,  # "streets:engine", "airsim_nh", "folder:PATH", a 
     settings = make_settings(_name(source), _name(target), method, profile, **overrides)
     out = Path(out)
     if record := _finished(out, settings):
+        if record["data"] != _prints(*_opened(settings, source, target)[1:]):
+            raise ValueError(f"the data has changed since the run in {out} ended; give another out, or delete the folder")
         return _result(record, out)
+    usable_device(settings.device)
     data = open_pair(settings, source, target)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "settings.json").write_text(json.dumps(asdict(settings), indent=1))
+    _write_json(out / "settings.json", asdict(settings))
     for samples in (data.source, data.target):
         samples.load(workers=min(2, os.cpu_count()), progress=progress)
     run = Run(settings, data, stages or out / "stages", progress)
@@ -387,7 +406,7 @@ def run_mlan(source, target,  # "streets:engine", "airsim_nh", "folder:PATH", a 
     _write(run, net, record, out)
     return _result(record, out)
 
-# %% ../nbs/12_train.ipynb #8ab8cfcc
+# %% ../nbs/12_train.ipynb #88f509b7
 def _finished(out, settings):
     "The record of a finished run in this folder; ValueError if the folder belongs to a run with other settings."
     if (out / "settings.json").exists():
@@ -399,16 +418,25 @@ def _finished(out, settings):
             return json.loads((out / "result.json").read_text())
 
 
+def _write_json(path, value):
+    "Write a file that is there whole or not at all."
+    part = path.with_suffix(".json.part")
+    part.write_text(json.dumps(value, indent=1))
+    part.replace(path)
+
+
 def _result(record, out):
     return Result(record["miou"], record["per_class"], out, record)
 
-# %% ../nbs/12_train.ipynb #106e9c9e
+# %% ../nbs/12_train.ipynb #4d4cd0d8
 def _commit():
-    "The git commit of the source tree, or None outside of one."
+    "The git commit of the source tree, with -dirty where files differ from it, or None outside of one."
     try:
         import mlan
-        command = ["git", "-C", str(Path(mlan.__file__).parent), "rev-parse", "--short", "HEAD"]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        git = ["git", "-C", str(Path(mlan.__file__).parent)]
+        for command in (["ls-files", "--error-unmatch", "__init__.py"], ["describe", "--always", "--dirty", "--exclude", "*"]):
+            told = subprocess.run(git + command, capture_output=True, text=True, check=True).stdout.strip()
+        return told
     except (OSError, subprocess.CalledProcessError):
         return None
 
@@ -428,7 +456,7 @@ def _environment(device) -> dict:
     return {"commit": _commit(), "versions": {n: metadata.version(n) for n in libraries},
             "python": platform.python_version(), **_hardware(device)}
 
-# %% ../nbs/12_train.ipynb #349ddf36
+# %% ../nbs/12_train.ipynb #e2a273e7
 def _record(run: Run, net: Segmenter, seconds: float) -> dict:
     "The run as one JSON object."
     data, s = run.data, run.s
@@ -438,12 +466,12 @@ def _record(run: Run, net: Segmenter, seconds: float) -> dict:
     record = {**{k: getattr(s, k) for k in ("method", "source", "target", "profile", "seed", "data_seed")},
               **test, "miou_val": scores.get("val", {}).get("miou"),
               "classes": data.classes, "colors": data.colors.tolist(), "data": data.prints, "images": data.images, "settings": asdict(s),
-              "seconds": round(seconds, 1), "stages": run.seconds, "facts": run.facts, **_environment(run.device)}
+              "seconds": round(seconds, 1), "cost": run.cost, "facts": run.facts, **_environment(run.device)}
     if test["matrix"] and set(SYNTHIA_13) <= set(data.classes):
         record["miou_13"] = mean_iou(torch.tensor(test["matrix"]), data.classes, SYNTHIA_13)
     return json.loads(json.dumps(record))
 
-# %% ../nbs/12_train.ipynb #060275e1
+# %% ../nbs/12_train.ipynb #b73d38c2
 def save_segmenter(net: Segmenter, path: Path, settings: Settings, shared: SharedClasses):
     "The last weights and all that `load_segmenter` needs to use them."
     about = {"classes": list(shared.classes), "members": [list(m) for m in shared.members],
@@ -457,6 +485,7 @@ def load_segmenter(path: str | Path,  # a run's checkpoint.pt
     "Read the weights of a run; a missing, torn or foreign file is refused by name."
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}; give a run's checkpoint.pt")
+    device = usable_device(str(device))
     try:
         state = torch.load(path, map_location=device, weights_only=True)
         extractor = build_extractor(state["backbone"], caffe=state["caffe"])
@@ -469,7 +498,7 @@ def load_segmenter(path: str | Path,  # a run's checkpoint.pt
         raise ValueError(f"{path} is not a checkpoint of this package ({kind}); give a run's checkpoint.pt") from None
     return net.eval(), about
 
-# %% ../nbs/12_train.ipynb #8b598b20
+# %% ../nbs/12_train.ipynb #a6d54d0f
 @torch.no_grad()
 def picture_rows(run: Run, net: Segmenter, n: int = 4) -> list:  # of PictureRow
     "Test images with truth, prediction and consistency maps."
@@ -485,7 +514,7 @@ def picture_rows(run: Run, net: Segmenter, n: int = 4) -> list:  # of PictureRow
         rows.append(PictureRow(Path(dataset.name(i)).stem, image, truth, {run.s.method: found}, maps))
     return rows
 
-# %% ../nbs/12_train.ipynb #e4aaef1a
+# %% ../nbs/12_train.ipynb #cf3f1d60
 def save_pictures(path: Path, rows: list):
     "Images, truths, predictions and maps as one .npz file."
     arrays = {}
@@ -509,7 +538,7 @@ def load_pictures(path: Path) -> list:  # of PictureRow
     return [PictureRow(str(arrays[f"{i}/name"]), arrays[f"{i}/image"], arrays.get(f"{i}/truth"),
                        part(i, "prediction"), part(i, "map")) for i in range(n)]
 
-# %% ../nbs/12_train.ipynb #5514e0a9
+# %% ../nbs/12_train.ipynb #7510b857
 def _one_axis(rows):
     "Log rows of all stages on one axis of steps."
     found, offset, last = [], 0, None
@@ -532,7 +561,7 @@ def _notes(records):
         notes.append(f"{method_title(r['method'])}: seed {r['seed']}, {r['seconds']:.0f} s{'; ' + made if made else ''}")
     return notes
 
-# %% ../nbs/12_train.ipynb #52811c06
+# %% ../nbs/12_train.ipynb #ac9f298c
 def report_runs(folders: list,  # of runs on one source and target, in the order of the table
                 path: str | Path,  # the report to write
                 records: list | None = None,  # their records, if not yet in their folders
@@ -540,8 +569,10 @@ def report_runs(folders: list,  # of runs on one source and target, in the order
     "A report.html on one run, or on several beside each other."
     folders = [Path(f) for f in folders]
     records = records or [json.loads((f / "result.json").read_text()) for f in folders]
-    if len({(r["source"], r["target"], tuple(r["classes"])) for r in records}) > 1:
+    if len({(r["source"], r["target"], tuple(r["classes"]), r["data"]["test"]) for r in records}) > 1:
         raise ValueError(f"runs on different data: {', '.join(map(str, folders))}; report runs on one pair together")
+    if len({r["method"] for r in records}) < len(records):
+        raise ValueError(f"two runs of one method: {', '.join(map(str, folders))}; report one seed at a time")
     rows = load_pictures(folders[0] / "pictures.npz")
     for folder in folders[1:]:
         for row, other in zip(rows, load_pictures(folder / "pictures.npz"), strict=True):
@@ -556,13 +587,11 @@ def report_runs(folders: list,  # of runs on one source and target, in the order
     colors = np.array(first["colors"], np.uint8)
     return write_report(path, title, settings, scores, curves, rows, _notes(records), first["classes"], colors)
 
-# %% ../nbs/12_train.ipynb #f844cb40
+# %% ../nbs/12_train.ipynb #24cc68ed
 def _write(run: Run, net: Segmenter, record: dict, out: Path):
     "Everything that a run's folder holds; result.json last, because it says that the run is done."
     (out / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in run.logs))
     save_segmenter(net, out / "checkpoint.pt", run.s, run.data.shared)
     save_pictures(out / "pictures.npz", picture_rows(run, net))
     report_runs([out], out / "report.html", [record])
-    part = out / "result.json.part"
-    part.write_text(json.dumps(record, indent=1))
-    part.replace(out / "result.json")
+    _write_json(out / "result.json", record)

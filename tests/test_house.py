@@ -70,6 +70,14 @@ def test_there_are_notebooks():
 
 
 @each_notebook
+def test_no_picture_of_real_data_is_kept(notebook):
+    for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
+        if "".join(cell["source"]).startswith("#| data"):
+            assert not any("image/png" in output.get("data", {}) for output in cell["outputs"]), (
+                f"{notebook.name} keeps a picture of a data set whose licence does not allow it: clear that cell's output")
+
+
+@each_notebook
 def test_one_notebook_one_module(notebook):
     name = notebook.relative_to(ROOT)
     assert notebook in NUMBERED or notebook == ROOT / "nbs/index.ipynb", f"{name}: name it NN_module.ipynb, in nbs/"

@@ -43,8 +43,11 @@ def test_methods_share_what_is_equal_by_definition(tmp_path):
     shared = dict(stages=tmp_path / "stages", progress=False, **FEW)
     first = run_mlan(*PAIR, "cr_al+rst", out=tmp_path / "a", **shared)
     second = run_mlan(*PAIR, "cr_al+st", out=tmp_path / "b", **shared)
-    assert set(first.record["stages"]) == {"regions", "warm_up", "align", "maps", "self_training"}
-    assert set(second.record["stages"]) == {"self_training"}
+    assert set(first.record["cost"]) == {"regions", "warm_up", "align", "maps", "self_training"}
+    assert set(second.record["cost"]) == {"regions", "warm_up", "align", "self_training"}
+    for stage in ("regions", "warm_up", "align"):
+        assert second.record["cost"][stage] == first.record["cost"][stage] > 0
+    assert len(list((tmp_path / "stages").glob("align-*.pt"))) == len(list((tmp_path / "stages").glob("warm_up-*.pt"))) == 1
     alone = run_mlan(*PAIR, "cr_al+st", out=tmp_path / "c", progress=False, **FEW)
     assert alone.record["matrix"] == second.record["matrix"]
 
@@ -108,14 +111,65 @@ def test_interrupted_inside_a_stage_goes_on_from_its_checkpoint(tmp_path, monkey
     assert [r["step"] for r in run.logs if r["stage"] == "align"] == [2, 4, 6, 8]
 
 
-def test_nan_stops_names_the_step_and_keeps_the_last_good_checkpoint(tmp_path):
-    with pytest.raises(TrainingError, match=r"not finite at step \d+"):
-        run_mlan(*PAIR, "source_only", out=tmp_path / "run", progress=False, **{**FEW, "lr": 1e30, "steps": 20, "schedule_steps": 20})
-    kept = list((tmp_path / "run" / "stages").glob("align-*.partial.pt"))
-    for path in kept:
-        state = torch.load(path, weights_only=True)
-        assert all(v.isfinite().all() for v in state["parts"]["net"].values())
+def test_nan_stops_names_the_step_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
+    import mlan.trainer
+    seen, loss = [], mlan.trainer.segmentation_loss
+
+    def breaks(*args):
+        seen.append(1)
+        return loss(*args) * (float("nan") if len(seen) == FEW["warmup_steps"] + 5 else 1)
+
+    monkeypatch.setattr(mlan.trainer, "segmentation_loss", breaks)
+    with pytest.raises(TrainingError, match=r"loss/seg is not finite at step 5; the checkpoint before it is"):
+        run_mlan(*PAIR, "source_only", out=tmp_path / "run", progress=False, **FEW)
+    kept, = (tmp_path / "run" / "stages").glob("align-*.partial.pt")
+    state = torch.load(kept, weights_only=True)
+    assert state["step"] == 4 and all(v.isfinite().all() for v in state["parts"]["net"].values())
     assert not (tmp_path / "run" / "result.json").exists()
+
+
+def test_weights_that_break_after_a_finite_loss_are_not_kept(tmp_path, monkeypatch):
+    import mlan.trainer
+    update = mlan.trainer.apply_update
+
+    def breaks(optimiser, terms, *args):
+        logged = update(optimiser, terms, *args)
+        with torch.no_grad():
+            optimiser.param_groups[0]["params"][0].fill_(float("inf"))
+        return logged
+
+    monkeypatch.setattr(mlan.trainer, "apply_update", breaks)
+    few = {**FEW, "checkpoint_every": 1, "log_every": 1}
+    with pytest.raises(TrainingError, match="the weights of net are not finite after step 1"):
+        run_mlan(*PAIR, "source_only", out=tmp_path / "run", progress=False, **few)
+    assert not list((tmp_path / "run" / "stages").glob("*.pt"))
+
+
+def test_two_processes_share_a_stage_that_neither_has_made(tmp_path):
+    code = ("import sys, torch; torch.set_num_threads(1); from mlan.train import run_mlan; "
+            f"run_mlan(*{PAIR}, sys.argv[1], out=sys.argv[2], stages=r'{tmp_path / 'stages'}', progress=False, **{FEW})")
+    methods = ("rl_al", "il_al")
+    both = [subprocess.Popen([sys.executable, "-c", code, m, str(tmp_path / m)]) for m in methods]
+    assert [p.wait() for p in both] == [0, 0]
+    log, = (tmp_path / "stages").glob("warm_up-*.jsonl")
+    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [2, 4, 6]
+    alone = run_mlan(*PAIR, "il_al", out=tmp_path / "alone", progress=False, **FEW)
+    assert alone.record["matrix"] == json.loads((tmp_path / "il_al" / "result.json").read_text())["matrix"]
+
+
+def test_maps_in_pictures_are_those_of_the_network_that_was_aligned(stages, tmp_path):
+    aligned, tuned = (run_mlan(*PAIR, m, out=tmp_path / m, stages=stages, progress=False, **FEW) for m in ("cr_al", "cr_al+st"))
+    pairs = zip(load_pictures(aligned.out / "pictures.npz"), load_pictures(tuned.out / "pictures.npz"), strict=True)
+    for a, b in pairs:
+        assert all(np.array_equal(a.maps[k], b.maps[k]) for k in a.maps) and a.maps
+    assert aligned.record["matrix"] != tuned.record["matrix"]
+
+
+def test_a_device_that_is_not_there_is_named_and_leaves_the_folder_free(tmp_path, capsys):
+    for device in ("gpu", "cuda:99"):
+        assert main(["run", "--source", PAIR[0], "--target", PAIR[1], "--out", str(tmp_path / "run"), "--device", device]) == 2
+        assert f"device '{device}' cannot be used" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_target_labels_are_not_loaded():
@@ -170,8 +224,20 @@ def test_broken_data_stops_a_run_before_its_first_step(break_it, words, tmp_path
 
 def test_unlabelled_source_is_refused(tmp_path):
     root = _folder(tmp_path / "set", labels=False)
-    with pytest.raises(DataError, match="source"):
+    with pytest.raises(DataError, match=f"folder:{root} has no labels to train on"):
         run_mlan(f"folder:{root}", "streets:camera", out=tmp_path / "run", progress=False, **FEW)
+    with pytest.raises(DataError, match=f"folder:{root} has no labels to train on"):
+        run_mlan("streets:engine", f"folder:{root}", "oracle", out=tmp_path / "run", progress=False, **FEW)
+
+
+def test_data_that_changed_after_a_run_is_not_answered_with_the_old_result(tmp_path):
+    root = _folder(tmp_path / "set")
+    args = dict(out=tmp_path / "run", progress=False, **{**FEW, "warmup_steps": 1, "steps": 1, "schedule_steps": 1})
+    first = run_mlan(f"folder:{root}", "streets:camera", "source_only", **args)
+    assert run_mlan(f"folder:{root}", "streets:camera", "source_only", **args).record == first.record
+    Image.fromarray(np.zeros((36, 64), np.uint8)).save(root / "labels" / "000.png")
+    with pytest.raises(ValueError, match="the data has changed since the run"):
+        run_mlan(f"folder:{root}", "streets:camera", "source_only", **args)
 
 
 def test_report_on_runs_of_different_pairs_is_refused(stages, tmp_path):
@@ -180,6 +246,8 @@ def test_report_on_runs_of_different_pairs_is_refused(stages, tmp_path):
     assert len(b.record["classes"]) == 16 and "miou_13" in b.record
     with pytest.raises(ValueError, match="different data"):
         report_runs([a.out, b.out], tmp_path / "r.html")
+    with pytest.raises(ValueError, match="two runs of one method"):
+        report_runs([a.out, a.out], tmp_path / "r.html")
 
 
 def test_checkpoints_that_are_torn_or_foreign_are_refused(stages, tmp_path):
