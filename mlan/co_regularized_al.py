@@ -6,7 +6,7 @@
 __all__ = ['MAP_WEIGHTS', 'ABLATIONS', 'resize_map', 'region_consistency_map', 'image_consistency_map', 'map_weight',
            'regularized_entropy', 'regularized_image', 'Ablation', 'AlignmentSettings', 'Flow', 'CoRegularizedAL']
 
-# %% ../nbs/06_co_regularized_al.ipynb #8ab7036b
+# %% ../nbs/06_co_regularized_al.ipynb #46efc37e
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,7 @@ from .image_al import domain_loss, image_alignment_map
 from .networks import DomainClassifier, RegionClassifier, frozen, resize
 from .region_al import entropy_loss, region_entropy_map, region_logits, region_loss
 
-# %% ../nbs/06_co_regularized_al.ipynb #5d9446c6
+# %% ../nbs/06_co_regularized_al.ipynb #87212032
 def resize_map(maps: Tensor,  # (B, u, v)
                grid: tuple,  # (I, J)
                ) -> Tensor:  # (B, I, J)
@@ -35,7 +35,7 @@ def image_consistency_map(target_logits: Tensor,  # (B, 1, U, V) from C_image
     "M_image (ILCM) of Eq. 7: 1 - log C(E(x_t))."
     return 1 + image_alignment_map(target_logits).detach()
 
-# %% ../nbs/06_co_regularized_al.ipynb #25d89089
+# %% ../nbs/06_co_regularized_al.ipynb #bfabbd7a
 MAP_WEIGHTS = ("raw", "normalised", "shuffled")
 
 
@@ -53,7 +53,7 @@ def map_weight(maps: Tensor,  # (B, I, J), detached
     order = torch.rand(maps.flatten(1).shape, device=maps.device).argsort(1)
     return maps.flatten(1).gather(1, order).view_as(maps)
 
-# %% ../nbs/06_co_regularized_al.ipynb #98fdfa9f
+# %% ../nbs/06_co_regularized_al.ipynb #5d7d074e
 def regularized_entropy(maps: list,  # per level (B, I, J), from `region_entropy_map`
                         image_map: Tensor | None,  # M_image (B, 3, 3), or None for Eq. 4
                         variant: str = "raw") -> Tensor:  # scalar
@@ -71,7 +71,7 @@ def regularized_image(alignment: Tensor,  # -log C(E(x_t)) (B, 3, 3), from `imag
         return alignment.mean()
     return (resize_map(alignment, region_map.shape[-2:]) * map_weight(region_map, variant)).mean()
 
-# %% ../nbs/06_co_regularized_al.ipynb #1765c660
+# %% ../nbs/06_co_regularized_al.ipynb #0af7654c
 @dataclass(frozen=True)
 class Ablation:
     "A row of Table 1: which terms of Eq. 10 reach E."
@@ -98,7 +98,7 @@ ABLATIONS = {
     "cr_al": Ablation(region=True, entropy="regularized", image="regularized"),
 }
 
-# %% ../nbs/06_co_regularized_al.ipynb #d57bb5ac
+# %% ../nbs/06_co_regularized_al.ipynb #34c5c4d7
 @dataclass(frozen=True)
 class AlignmentSettings:
     "Weights and readings of Eq. 10."
@@ -118,7 +118,7 @@ class Flow:
     grids: list  # per level (I, J), finest first
     regions: list | None = None  # source only: per level int64 (B, I, J), 255 = none
 
-# %% ../nbs/06_co_regularized_al.ipynb #a6216c68
+# %% ../nbs/06_co_regularized_al.ipynb #c49e0726
 class _Classifiers(nn.Module):
     def __init__(self, ablation: Ablation,
                  channels: int,  # of E's features
@@ -148,7 +148,7 @@ class _Classifiers(nn.Module):
         region = region_consistency_map([region_entropy_map(level, lambda_r) for level in logits])
         return region, image_consistency_map(self.domain_classifier(target.features))
 
-# %% ../nbs/06_co_regularized_al.ipynb #40ebf943
+# %% ../nbs/06_co_regularized_al.ipynb #d1e704de
 def _region_side(al, target, lambda_r):
     "Entropy maps a level (with gradient, reversed, where L_ent is played) and M_region; None where not needed."
     a = al.ablation
@@ -170,14 +170,14 @@ def _image_side(al, target):
         logits = al.domain_classifier(target.features)
         return image_alignment_map(logits), image_consistency_map(logits)
 
-# %% ../nbs/06_co_regularized_al.ipynb #7dd240fd
+# %% ../nbs/06_co_regularized_al.ipynb #e24d14a8
 class CoRegularizedAL(_Classifiers):
     "C_region (three levels), C_image and the terms that they add to L_seg: Eq. 3 to 10 with the switches of Table 1."
 
     def losses(self, source: Flow, target: Flow,
                lambda_r: float,  # of Eq. 4, from `adaptive_weight`
                ramp: float = 1.0,  # 0 to 1: warm-up factor of the two adversarial terms
-               ) -> dict:  # named scalar terms to add to L_seg; names under "health/" are to be logged, not added
+               ) -> dict:  # named scalar terms to add to L_seg
         "What Eq. 10 adds to L_seg: Eq. 3, 4 or 8, and 6 or 9, weighted, with the signs that the reversal needs."
         terms, s, a = {}, self.settings, self.ablation
         entropy_maps, region_map = _region_side(self, target, lambda_r)
@@ -194,7 +194,7 @@ class CoRegularizedAL(_Classifiers):
             terms["image"] = ramp * s.lambda_image * regularized_image(alignment, weight, s.map_weights)
         return terms
 
-    def critic_losses(self, source: Flow, target: Flow) -> dict:  # {} where the row has no C_image
+    def critic_losses(self, source: Flow, target: Flow) -> dict:  # {} without C_image; "health/..." is to be logged, not added
         "C_image's side of Eq. 6, on features that are detached here."
         if not self.ablation.needs_critic:
             return {}

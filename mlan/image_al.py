@@ -5,18 +5,18 @@
 # %% auto #0
 __all__ = ['domain_loss', 'image_alignment_map']
 
-# %% ../nbs/05_image_al.ipynb #a7af4847
+# %% ../nbs/05_image_al.ipynb #23266982
 import torch.nn.functional as F
 from torch import Tensor
 
-# %% ../nbs/05_image_al.ipynb #42ad5f07
+# %% ../nbs/05_image_al.ipynb #9354bc8d
 def domain_loss(source_logits: Tensor,  # (B, 1, U, V): C_image on source features
                 target_logits: Tensor,  # (B, 1, U, V): C_image on target features
                 ) -> Tensor:  # scalar
     "The critic's side of Eq. 6: binary cross-entropy with C = P(source), mean over both domains."
     return (F.softplus(-source_logits).mean() + F.softplus(target_logits).mean()) / 2
 
-# %% ../nbs/05_image_al.ipynb #c9e47382
+# %% ../nbs/05_image_al.ipynb #4036cfa6
 def image_alignment_map(target_logits: Tensor,  # (B, 1, U, V)
                         ) -> Tensor:  # (B, U, V), non-negative
     "E's side of Eq. 6 per location: -log C(E(x_t)). Its mean is L_image; near 0 the target passes for source."

@@ -7,7 +7,7 @@ __all__ = ['IMAGENET', 'CAFFE', 'BACKBONES', 'reverse_gradient', 'AtrousClassifi
            'resize', 'Normalise', 'SmallExtractor', 'ResNetExtractor', 'VGGExtractor', 'build_extractor',
            'load_backbone', 'Segmenter', 'segmentation_loss', 'frozen', 'freeze_batch_norm']
 
-# %% ../nbs/03_networks.ipynb #bc5655af
+# %% ../nbs/03_networks.ipynb #914a959e
 from functools import lru_cache
 from pathlib import Path
 
@@ -17,7 +17,7 @@ import torchvision
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-# %% ../nbs/03_networks.ipynb #ccd66c22
+# %% ../nbs/03_networks.ipynb #374dffc9
 class _Reversal(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, scale):
@@ -35,7 +35,7 @@ def reverse_gradient(x: Tensor,  # any shape
     "Gradient reversal layer (Ganin and Lempitsky 2015): identity forward, minus `scale` times the gradient backward."
     return _Reversal.apply(x, scale)
 
-# %% ../nbs/03_networks.ipynb #7cf25b0b
+# %% ../nbs/03_networks.ipynb #661c4a57
 class AtrousClassifier(nn.Module):
     "DeepLab-V2's classifier: the sum of four 3 x 3 convolutions with different dilations."
 
@@ -51,7 +51,7 @@ class AtrousClassifier(nn.Module):
     def forward(self, features: Tensor) -> Tensor:  # (B, channels, h, w) -> (B, classes, h, w)
         return sum(branch(features) for branch in self.branches)
 
-# %% ../nbs/03_networks.ipynb #f50ba299
+# %% ../nbs/03_networks.ipynb #b9a1b0b3
 @lru_cache(maxsize=64)
 def _cell_means(size: int, cells: int, reach: int, device: torch.device) -> Tensor:  # (3 * cells, size)
     "Rows that average the cells of an axis, moved by -reach, 0 and reach: first all cells of one move, then of the next."
@@ -72,7 +72,7 @@ class RegionClassifier(AtrousClassifier):
             logits = logits + torch.einsum("bcyixj,ncyx->bnij", means, branch.weight) + branch.bias[:, None, None]
         return logits
 
-# %% ../nbs/03_networks.ipynb #748374a3
+# %% ../nbs/03_networks.ipynb #f9178b5f
 class DomainClassifier(nn.Module):
     "C_image: features to a 3 x 3 map of logits that a ninth of the image is from the source domain."
 
@@ -103,7 +103,7 @@ def resize(maps: Tensor,  # (B, K, h, w)
     shrinks = maps.shape[-2] > size[0] or maps.shape[-1] > size[1]      # antialiasing changes nothing where a map grows
     return F.interpolate(maps, tuple(size), mode="bilinear", align_corners=False, antialias=antialias and shrinks)
 
-# %% ../nbs/03_networks.ipynb #f9104a77
+# %% ../nbs/03_networks.ipynb #0d303c92
 class Normalise(nn.Module):
     "RGB in [0, 1] to what a set of weights was trained on."
 
@@ -122,7 +122,7 @@ class Normalise(nn.Module):
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 CAFFE = ((103.939, 116.779, 123.68), (1.0, 1.0, 1.0), True)
 
-# %% ../nbs/03_networks.ipynb #6978a9dd
+# %% ../nbs/03_networks.ipynb #ff482200
 def _conv(inputs, outputs, stride=1, dilation=1):
     return nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride, dilation, dilation, bias=False), nn.BatchNorm2d(outputs))
 
@@ -149,7 +149,7 @@ class SmallExtractor(nn.Module):
     def forward(self, images: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, 64, H/4, W/4)
         return self.body(self.normalise(images))
 
-# %% ../nbs/03_networks.ipynb #3d0c71b1
+# %% ../nbs/03_networks.ipynb #281539c7
 class ResNetExtractor(nn.Module):
     "E with ResNet-50 or ResNet-101: output stride 8, 2048 channels, BatchNorm frozen by the trainer."
     channels, stride, rates = 2048, 8, (6, 12, 18, 24)
@@ -169,7 +169,7 @@ class ResNetExtractor(nn.Module):
     def forward(self, images: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, 2048, H/8, W/8)
         return self.body(self.normalise(images))
 
-# %% ../nbs/03_networks.ipynb #342cac0b
+# %% ../nbs/03_networks.ipynb #2c4240d3
 class VGGExtractor(nn.Module):
     "E with VGG-16 as DeepLab-V2 has it: pool4 and pool5 dropped, conv5 dilated, fc6 and fc7 as convolutions."
     channels, stride, rates = 1024, 8, (6, 12, 18, 24)
@@ -187,7 +187,7 @@ class VGGExtractor(nn.Module):
     def forward(self, images: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, 1024, H/8, W/8)
         return F.relu(self.fc7(F.relu(self.fc6(self.features(self.normalise(images))))))
 
-# %% ../nbs/03_networks.ipynb #60b6b1d4
+# %% ../nbs/03_networks.ipynb #859522a0
 BACKBONES = ("small", "resnet50", "resnet101", "vgg16")
 
 
@@ -210,7 +210,7 @@ def build_extractor(backbone: str = "small",  # one of BACKBONES
         load_backbone(extractor, weights)
     return extractor
 
-# %% ../nbs/03_networks.ipynb #e83d22ad
+# %% ../nbs/03_networks.ipynb #2e50e39f
 def _read_weights(path):
     if not Path(path).is_file():
         raise FileNotFoundError(f"weights: there is no file {path}; give 'none', 'imagenet' or an existing file")
@@ -230,7 +230,7 @@ def load_backbone(extractor: nn.Module,  # a ResNetExtractor or VGGExtractor
         raise ValueError(f"weights: {path} does not fit this backbone; "
                          f"missing {missing[:3]}, unexpected {list(unexpected)[:3]}")
 
-# %% ../nbs/03_networks.ipynb #7b1f5234
+# %% ../nbs/03_networks.ipynb #c7f3936f
 class Segmenter(nn.Module):
     "E + C_seg: images to class logits at the features' stride."
 
@@ -251,7 +251,7 @@ def segmentation_loss(logits: Tensor,  # (B, C, h, w), before softmax
     losses = F.cross_entropy(resize(logits, labels.shape[-2:]), labels, ignore_index=255, reduction="sum")
     return losses / (labels != 255).sum().clamp(min=1)
 
-# %% ../nbs/03_networks.ipynb #957801f5
+# %% ../nbs/03_networks.ipynb #7d8ed43a
 class frozen:
     "Context manager: inside, the modules' parameters get no gradient; gradients still pass through to their inputs."
 

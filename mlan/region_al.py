@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['region_loss', 'adaptive_weight', 'region_entropy_map', 'region_logits', 'entropy_loss']
 
-# %% ../nbs/04_region_al.ipynb #fe1c218e
+# %% ../nbs/04_region_al.ipynb #4aa3b208
 import math
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .networks import reverse_gradient
 
-# %% ../nbs/04_region_al.ipynb #51098dd0
+# %% ../nbs/04_region_al.ipynb #b5b1fa92
 def region_loss(logits: list,  # per level (B, N, I, J), before softmax
                 labels: list,  # per level int64 (B, I, J), a relation's number or 255 = none
                 ) -> Tensor:  # scalar
@@ -25,14 +25,14 @@ def region_loss(logits: list,  # per level (B, N, I, J), before softmax
         losses.append(total / (truth != 255).sum().clamp(min=1))
     return torch.stack(losses).mean()
 
-# %% ../nbs/04_region_al.ipynb #2edfa3bb
+# %% ../nbs/04_region_al.ipynb #318f2476
 def adaptive_weight(step: int,  # iterations done
                     max_steps: int,  # max_iter
                     power: float = 0.9) -> float:  # 1 at the start, 0 at the end
     "lambda_R of Eq. 4: (1 - iter / max_iter) ** power."
     return (1 - min(step, max_steps) / max_steps) ** power
 
-# %% ../nbs/04_region_al.ipynb #3bff77f5
+# %% ../nbs/04_region_al.ipynb #43d15696
 def region_entropy_map(logits: Tensor,  # (B, N, I, J), before softmax
                        lambda_r: float,  # in [0, 1], from `adaptive_weight`
                        reading: str = "entropy",  # R4: "entropy", or "literal" for Eq. 4 as printed
@@ -48,7 +48,7 @@ def region_entropy_map(logits: Tensor,  # (B, N, I, J), before softmax
     entropy = -p_log_p.sum(1) / math.log(logits.shape[1])
     return F.relu(entropy - lambda_r * entropy.mean((1, 2), keepdim=True).detach())
 
-# %% ../nbs/04_region_al.ipynb #e28139b1
+# %% ../nbs/04_region_al.ipynb #bd06ce18
 def region_logits(classifiers: list,  # three RegionClassifier, fine to coarse
                   features: Tensor,  # (B, channels, h, w)
                   grids: list,  # per level (I, J)

@@ -7,7 +7,7 @@ __all__ = ['PLANS', 'QUICK', 'PROFILES', 'CHOICES', 'Plan', 'Settings', 'make_se
            'save_atomically', 'train_loop', 'poly', 'segmentation_optimiser', 'critic_optimiser', 'both_flows',
            'SegmentationStep', 'apply_update', 'TranslationStep']
 
-# %% ../nbs/11_trainer.ipynb #c9a7a693
+# %% ../nbs/11_trainer.ipynb #a186dafd
 import json
 import os
 import time
@@ -24,7 +24,7 @@ from .region_al import adaptive_weight
 from .region_labels import DESCRIPTORS, region_grid
 from .translation import TranslationPair
 
-# %% ../nbs/11_trainer.ipynb #73295392
+# %% ../nbs/11_trainer.ipynb #11aaf2a5
 @dataclass(frozen=True)
 class Plan:
     "The stages of a method."
@@ -46,7 +46,7 @@ PLANS = {name: Plan(name) for name in ABLATIONS} | {
     "oracle": Plan("source_only"),
 }
 
-# %% ../nbs/11_trainer.ipynb #97213c56
+# %% ../nbs/11_trainer.ipynb #259db7f9
 @dataclass(frozen=True)
 class _DataSettings:
     source: str = ""  # "streets:engine", "airsim_nh", "folder:PATH", ...
@@ -62,7 +62,7 @@ class _DataSettings:
     n_val: int = 0  # images of the target's val split, on which weights of the losses are chosen
     n_test: int = 0  # images of the target's test split, the one reported
 
-# %% ../nbs/11_trainer.ipynb #dfba7955
+# %% ../nbs/11_trainer.ipynb #3256a9ed
 @dataclass(frozen=True)
 class _ModelSettings(_DataSettings):
     patches: tuple = (32, 64, 128)  # region sizes in training pixels (R1)
@@ -75,7 +75,7 @@ class _ModelSettings(_DataSettings):
     critic_width: int = 64  # C_image's first channels (Section 4.2)
     pooling: str = "resize"  # R7
 
-# %% ../nbs/11_trainer.ipynb #45c1d984
+# %% ../nbs/11_trainer.ipynb #211a77fe
 @dataclass(frozen=True)
 class _TrainingSettings(_ModelSettings):
     warmup_steps: int = 0  # source-only steps before adaptation; 0 with ImageNet weights, as in the paper
@@ -98,7 +98,7 @@ class _TrainingSettings(_ModelSettings):
     map_weights: str = "raw"  # R9
     reading: str = "entropy"  # R4
 
-# %% ../nbs/11_trainer.ipynb #36fd5a8b
+# %% ../nbs/11_trainer.ipynb #1001212b
 @dataclass(frozen=True)
 class Settings(_TrainingSettings):
     "All that determines a run's result, flat. Lengths in steps, sizes (height, width) in pixels."
@@ -115,7 +115,7 @@ class Settings(_TrainingSettings):
     val_every: int = 0  # score val every so many steps while training, 0 = never
     checkpoint_every: int = 1000
 
-# %% ../nbs/11_trainer.ipynb #125f00df
+# %% ../nbs/11_trainer.ipynb #56ce56e5
 QUICK = dict(size=(64, 128), target_size=(64, 128), patches=(8, 16, 32), min_samples=4, backbone="small", weights="none",
              warmup_steps=900, warmup_lr=0.002, steps=500, schedule_steps=500, batch_size=6, optimiser="adamw", lr=0.001, head_lr=1.0,
              clip_norm=10.0, critic_lr=2e-3, critic_width=16, ramp_steps=100, map_weights="normalised",
@@ -124,14 +124,14 @@ QUICK = dict(size=(64, 128), target_size=(64, 128), patches=(8, 16, 32), min_sam
              self_training_steps=200, self_training_lr=3e-4, log_every=20, val_every=250, checkpoint_every=100)
 PROFILES = {"quick": QUICK, "paper": {}}
 
-# %% ../nbs/11_trainer.ipynb #86090cae
+# %% ../nbs/11_trainer.ipynb #454f1404
 CHOICES = {"method": tuple(PLANS), "profile": tuple(PROFILES), "backbone": BACKBONES, "descriptor": DESCRIPTORS,
            "map_weights": MAP_WEIGHTS, "optimiser": ("sgd", "adamw"), "reading": ("entropy", "literal"),
            "pooling": ("resize", "adaptive")}
 
-# %% ../nbs/11_trainer.ipynb #769732d8
+# %% ../nbs/11_trainer.ipynb #1f08fc00
 _COUNTS = ("steps", "schedule_steps", "batch_size", "translation_steps", "translation_batch", "self_training_steps",
-           "log_every", "checkpoint_every", "n_relations", "min_samples", "region_sample", "critic_width", "translation_width")
+           "log_every", "checkpoint_every", "min_samples", "region_sample", "critic_width", "translation_width")
 _NOT_NEGATIVE = ("seed", "data_seed", "warmup_steps", "ramp_steps", "clip_norm", "val_every", "n_source", "n_target", "n_val",
                  "n_test", "lambda_region", "lambda_ent", "lambda_image", "weight_decay", "head_lr")
 _RATES = ("lr", "warmup_lr", "critic_lr", "translation_lr", "self_training_lr")
@@ -142,10 +142,11 @@ _RANGES = {
     **{name: (lambda v: len(v) == 2 and min(v) >= 32, "height and width, at least 32 each") for name in ("size", "target_size")},
     "patches": (lambda v: v and all(p >= 2 and p % 2 == 0 for p in v), "even numbers of pixels, from 2"),
     "portions": (lambda v: v and all(0 < p <= 1 for p in v), "one or more numbers above 0, at most 1"),
+    "n_relations": (lambda v: 2 <= v <= 255, "a number from 2 to 255 (255 itself means none)"),
     "translated_share": (lambda v: 0 <= v <= 1, "a number from 0 to 1"),
 }
 
-# %% ../nbs/11_trainer.ipynb #a98c4826
+# %% ../nbs/11_trainer.ipynb #b2253472
 def _one_of(name, value):
     if value not in CHOICES[name]:
         raise ValueError(f"unknown {name} {value!r}; choose one of {', '.join(CHOICES[name])}")
@@ -163,7 +164,7 @@ def _typed(name, default, value):
     except (TypeError, ValueError):
         raise ValueError(f"setting {name} must be like {default!r} ({kind.__name__}), not {value!r}") from None
 
-# %% ../nbs/11_trainer.ipynb #fdf0ccd4
+# %% ../nbs/11_trainer.ipynb #3cd60cf4
 def make_settings(source: str, target: str, method: str = "mlan", profile: str = "quick",
                   **overrides,  # any field of Settings
                   ) -> Settings:
@@ -187,7 +188,7 @@ def make_settings(source: str, target: str, method: str = "mlan", profile: str =
         raise ValueError("schedule_steps must not be less than steps, nor self_training_steps less than the number of portions")
     return settings
 
-# %% ../nbs/11_trainer.ipynb #26acc387
+# %% ../nbs/11_trainer.ipynb #2f3043f0
 def usable_device(name: str) -> torch.device:  # of "auto", "cpu", "cuda", "cuda:1", ...
     "The device of that name; ValueError where torch cannot use it."
     name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
@@ -207,7 +208,7 @@ def save_atomically(value, path: Path):
     torch.save(value, part)
     part.replace(path)
 
-# %% ../nbs/11_trainer.ipynb #a626a456
+# %% ../nbs/11_trainer.ipynb #7bca2820
 def _resume(parts, checkpoint, log):
     "Load a checkpoint if there is one; returns the step to go on from, and cuts the log to it."
     if not checkpoint.exists():
@@ -233,7 +234,7 @@ def _stop_if_not_finite(rows, done, checkpoint, title):
                 raise TrainingError(f"{title}: {name} is not finite at step {done - len(rows) + i + 1}; {kept}; "
                                     "lower the learning rate or the lambdas")
 
-# %% ../nbs/11_trainer.ipynb #40e92097
+# %% ../nbs/11_trainer.ipynb #865d3d29
 def _stop_if_broken(parts, done, title):
     "TrainingError if a module has weights that are not finite: an update can break what its loss did not show."
     for name, part in parts.items():
@@ -275,7 +276,7 @@ def train_loop(step,  # object with .parts {name: has state_dict} and __call__(i
             save_atomically({"step": done, "parts": parts, "rng": torch.get_rng_state()}, checkpoint)
     return log
 
-# %% ../nbs/11_trainer.ipynb #3d66539b
+# %% ../nbs/11_trainer.ipynb #f17ca367
 def poly(step: int, steps: int, power: float = 0.9) -> float:
     "The poly schedule: (1 - step / steps) ** power, and never quite zero."
     return (1 - min(step, steps - 1) / steps) ** power
@@ -295,7 +296,7 @@ def critic_optimiser(alignment: CoRegularizedAL | None, settings: Settings) -> t
     if alignment and alignment.critics:
         return torch.optim.Adam([p for c in alignment.critics for p in c.parameters()], settings.critic_lr, (0.9, 0.99))
 
-# %% ../nbs/11_trainer.ipynb #53e4e31b
+# %% ../nbs/11_trainer.ipynb #33895434
 def both_flows(net: Segmenter, source: tuple,  # images (B, 3, H, W), region labels a level
                target: Tensor,  # images (B, 3, H', W')
                patches: tuple,  # s, 2s, 4s
@@ -309,7 +310,7 @@ def both_flows(net: Segmenter, source: tuple,  # images (B, 3, H, W), region lab
         f_s, f_t = net.extractor(images), net.extractor(target)
     return Flow(f_s, grids_s, regions), Flow(f_t, grids_t)
 
-# %% ../nbs/11_trainer.ipynb #7311662c
+# %% ../nbs/11_trainer.ipynb #7141f326
 class SegmentationStep:
     "One step of Eq. 10 for E, C_seg, C_region and C_image; without an alignment, of Eq. 2 or 14."
 
@@ -345,7 +346,7 @@ class SegmentationStep:
     def _update(self, terms, critic):
         return apply_update(self.learn, terms, self.s.clip_norm) | (apply_update(self.judge, critic) if critic else {})
 
-# %% ../nbs/11_trainer.ipynb #387c4dee
+# %% ../nbs/11_trainer.ipynb #abf41069
 def apply_update(optimiser: torch.optim.Optimizer, terms: dict,
                  clip_norm: float = 0.0,  # largest norm of the whole gradient, 0 = no limit
                  ) -> dict:  # {name: scalar} for the log
@@ -357,7 +358,7 @@ def apply_update(optimiser: torch.optim.Optimizer, terms: dict,
     optimiser.step()
     return {k if "/" in k else f"loss/{k}": v.detach().abs() for k, v in terms.items()}
 
-# %% ../nbs/11_trainer.ipynb #4b5f33a4
+# %% ../nbs/11_trainer.ipynb #4ed3b552
 class TranslationStep:
     "One step of Eq. 12: generators, then critics."
 

@@ -146,7 +146,7 @@ def test_weights_that_break_after_a_finite_loss_are_not_kept(tmp_path, monkeypat
 
 
 def test_two_processes_share_a_stage_that_neither_has_made(tmp_path):
-    code = ("import sys, torch; torch.set_num_threads(1); from mlan.train import run_mlan; "
+    code = (f"import sys, torch; torch.set_num_threads({torch.get_num_threads()}); from mlan.train import run_mlan; "
             f"run_mlan(*{PAIR}, sys.argv[1], out=sys.argv[2], stages=r'{tmp_path / 'stages'}', progress=False, **{FEW})")
     methods = ("rl_al", "il_al")
     both = [subprocess.Popen([sys.executable, "-c", code, m, str(tmp_path / m)]) for m in methods]
