@@ -11,14 +11,20 @@ from statistics import mean, stdev
 
 HERE = Path(__file__).parent
 BEGIN, END = "<!-- results: made by results/make_tables.py -->", "<!-- end of results -->"
-NAMES = {"source_only": "source only", "adabn": "source only + AdaBN", "rll": "RLL", "rl_al": "RL-AL", "il_al": "IL-AL",
-         "regularized_rl_al": "regularized RL-AL", "regularized_il_al": "regularized IL-AL", "cr_al": "CR-AL", "cr_al+it": "CR-AL + IT",
+NAMES = {"source_only": "source only", "adabn": "source only + AdaBN", "rll": "RLL", "rl_al": "RL-AL",
+         "regularized_rl_al": "regularized RL-AL", "il_al": "IL-AL", "regularized_il_al": "regularized IL-AL", "cr_al": "CR-AL", "cr_al+it": "CR-AL + IT",
          "cr_al+rit": "CR-AL + RIT", "cr_al+st": "CR-AL + ST", "cr_al+rst": "CR-AL + RST", "mlan": "MLAN", "oracle": "oracle"}
 
 
 def records() -> list:
     "All records of runs, in the order of the files' names."
     return [json.loads(line) for path in sorted(HERE.glob("runs_*.jsonl")) for line in path.read_text().splitlines()]
+
+
+def controls() -> list:
+    "AdaBN on the weights of source only, from `make_gap.py`."
+    rows = map(json.loads, (HERE / "streets_gap.jsonl").read_text().splitlines())
+    return [row for row in rows if row["method"] == "adabn"]
 
 
 def collect(folder: Path, file: Path) -> None:
@@ -34,22 +40,22 @@ def spread(values: list) -> str:
 
 
 def pair_table(runs: list) -> str:
-    "One source and target: a row a method, mIoU on test, the paired difference to source only, seconds."
+    "One source and target: a row a method, mIoU on test, paired differences to source only, seconds of the run itself."
     base = {r["seed"]: r["miou"] for r in runs if r["method"] == "source_only"}
-    lines = ["| method | seeds | test mIoU | against source only | seconds |", "|---|---|---|---|---|"]
+    lines = ["| method | seeds | test mIoU | against source only, seed by seed | seconds |", "|---|---|---|---|---|"]
     for method, name in NAMES.items():
         rows = [r for r in runs if r["method"] == method]
         if rows:
             gains = [r["miou"] - base[r["seed"]] for r in rows if r["seed"] in base]
             gain = "" if method == "source_only" or not gains else " ".join(f"{g:+.1f}" for g in gains)
-            seconds = mean(r["seconds"] for r in rows)
-            lines.append(f"| {name} | {len(rows)} | {spread([r['miou'] for r in rows])} | {gain} | {seconds:.0f} |")
+            seconds = f"{mean(r['seconds'] for r in rows):.0f}" if "seconds" in rows[0] else ""
+            lines.append(f"| {name} | {len(rows)} | {spread([r['miou'] for r in rows])} | {gain} | {seconds} |")
     return "\n".join(lines)
 
 
 def tables() -> str:
     "Every pair that has records, each with what it was run with."
-    parts, runs = [], records()
+    parts, runs = [], records() + controls()
     for pair in dict.fromkeys((r["source"], r["target"], len(r["classes"])) for r in runs):
         own = [r for r in runs if (r["source"], r["target"], len(r["classes"])) == pair]
         s = own[0]["settings"]
