@@ -43,7 +43,8 @@ if __name__ == "__main__":
     runs = [r for r in records() if (r["source"], r["target"]) == ("streets:engine", "streets:camera")]
     rows = [r for r in runs if r["method"] in ("source_only", "oracle")]
     rows += [adabn(Path(sys.argv[1]) / f"source_only_{r['seed']}", r) for r in rows if r["method"] == "source_only"]
-    kept = [{k: r[k] for k in ("method", "source", "target", "seed", "miou", "per_class", "classes", "settings", "commit", "versions")} for r in rows]
+    names = ("method", "source", "target", "seed", "miou", "per_class", "classes", "settings", "commit", "versions")
+    kept = [{k: r[k] for k in names} for r in rows]
     (HERE / "streets_gap.jsonl").write_text("".join(json.dumps(r) + "\n" for r in kept))
     for r in kept:
         print(r["method"], r["seed"], round(r["miou"], 1))

@@ -12,8 +12,9 @@ from statistics import mean, stdev
 HERE = Path(__file__).parent
 BEGIN, END = "<!-- results: made by results/make_tables.py -->", "<!-- end of results -->"
 NAMES = {"source_only": "source only", "adabn": "source only + AdaBN", "rll": "RLL", "rl_al": "RL-AL",
-         "regularized_rl_al": "regularized RL-AL", "il_al": "IL-AL", "regularized_il_al": "regularized IL-AL", "cr_al": "CR-AL", "cr_al+it": "CR-AL + IT",
-         "cr_al+rit": "CR-AL + RIT", "cr_al+st": "CR-AL + ST", "cr_al+rst": "CR-AL + RST", "mlan": "MLAN", "oracle": "oracle"}
+         "regularized_rl_al": "regularized RL-AL", "il_al": "IL-AL", "regularized_il_al": "regularized IL-AL", "cr_al": "CR-AL",
+         "cr_al+st": "CR-AL + ST", "cr_al+rst": "CR-AL + RST", "cr_al+it": "CR-AL + IT", "cr_al+rit": "CR-AL + RIT",
+         "mlan": "MLAN", "oracle": "oracle"}
 
 
 def records() -> list:
