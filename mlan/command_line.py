@@ -6,7 +6,7 @@
 __all__ = ['DEMO', 'command_run', 'command_check', 'command_evaluate', 'command_predict', 'demo', 'command_demo',
            'command_report', 'main']
 
-# %% ../nbs/13_command_line.ipynb #8046b349
+# %% ../nbs/13_command_line.ipynb #e2b51e85
 import argparse
 import json
 import sys
@@ -23,7 +23,7 @@ from .evaluation import colorize, comparison_table, evaluate, method_title, netw
 from .train import load_segmenter, report_runs, run_mlan
 from .trainer import PLANS, PROFILES, Settings, TrainingError, usable_device
 
-# %% ../nbs/13_command_line.ipynb #40666f73
+# %% ../nbs/13_command_line.ipynb #77000b0f
 def _add_settings(parser):
     "A flag for every field of Settings that isn't an argument of its own."
     for f in fields(Settings):
@@ -40,7 +40,7 @@ def command_run(args) -> None:
         print(comparison_table({result.record["method"]: result.record}))
     print(f"\nreport: {result.out / 'report.html'}   weights: {result.out / 'checkpoint.pt'}")
 
-# %% ../nbs/13_command_line.ipynb #433eed39
+# %% ../nbs/13_command_line.ipynb #8f9beab6
 def command_check(args) -> None:
     "Read every file of a data set; print what is there, split by split."
     for split in args.splits:
@@ -53,7 +53,7 @@ def command_check(args) -> None:
         for warning in found["warnings"]:
             print(f"  note: {warning}")
 
-# %% ../nbs/13_command_line.ipynb #afbc8cf3
+# %% ../nbs/13_command_line.ipynb #cab0a850
 def command_evaluate(args) -> None:
     "Score a checkpoint on a labelled split."
     device = usable_device(args.device)
@@ -81,7 +81,7 @@ def command_predict(args) -> None:
     (out / "classes.json").write_text(json.dumps(dict(enumerate(about["classes"])), indent=1))
     print(f"{len(photos)} images labelled in {out}: ids/ (class numbers), colors/, classes.json")
 
-# %% ../nbs/13_command_line.ipynb #4aeaac6a
+# %% ../nbs/13_command_line.ipynb #e0b0d9a2
 DEMO = ("source_only", "cr_al", "mlan", "oracle")
 
 
@@ -108,12 +108,12 @@ def command_demo(args) -> None:
     print(comparison_table({m: r.record for m, r in results.items()}))
     print(f"\nCR-AL against source only: {gain:+.1f} points.   Pictures, curves, settings: {Path(args.out) / 'report.html'}")
 
-# %% ../nbs/13_command_line.ipynb #9037bb7a
+# %% ../nbs/13_command_line.ipynb #055a6cd2
 def command_report(args) -> None:
     "One report on several runs of a pair."
     print(report_runs(args.runs, args.out))
 
-# %% ../nbs/13_command_line.ipynb #0d62b67b
+# %% ../nbs/13_command_line.ipynb #67b383f2
 def _command(commands, function, help, **flags):
     "A subcommand that calls the function; a flag with nargs and no default is an argument by position."
     sub = commands.add_parser(function.__name__.removeprefix("command_"), help=help, description=function.__doc__)
@@ -140,7 +140,7 @@ def _parser():
     command(command_demo, "watch the method on built-in scenes", out={"default": "runs/demo"}, seed={"default": "0"})
     return parser
 
-# %% ../nbs/13_command_line.ipynb #5ae9027c
+# %% ../nbs/13_command_line.ipynb #c895bf56
 def main(argv: list | None = None) -> int:  # exit status: 0, or 2 where the input was wrong
     "The `mlan` command."
     args = _parser().parse_args(argv)
