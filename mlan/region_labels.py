@@ -7,7 +7,7 @@ __all__ = ['DESCRIPTORS', 'region_grid', 'stretch', 'patch_hog', 'class_histogra
            'Vocabulary', 'fit_vocabulary', 'assign', 'region_labels', 'fit_vocabularies', 'label_dataset',
            'relation_name', 'save_regions', 'load_regions']
 
-# %% ../nbs/02_region_labels.ipynb #de2c0107
+# %% ../nbs/02_region_labels.ipynb #f68ba6e0
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +20,7 @@ from sklearn.neighbors import KDTree
 
 from .streets import CITYSCAPES_CLASSES, CITYSCAPES_COLORS, IGNORE
 
-# %% ../nbs/02_region_labels.ipynb #3c679cdc
+# %% ../nbs/02_region_labels.ipynb #95557cfb
 def region_grid(size: tuple,  # (H, W) of the label map
                 patch: int,  # s, pixels
                 ) -> tuple:  # (I, J)
@@ -35,7 +35,7 @@ def stretch(labels: np.ndarray,  # (H, W) class ids
                   for n, size in zip(region_grid(labels.shape, patch), labels.shape))
     return labels[rows.astype(int)[:, None], cols.astype(int)]
 
-# %% ../nbs/02_region_labels.ipynb #d0a95dfa
+# %% ../nbs/02_region_labels.ipynb #aef11a30
 def patch_hog(labels: np.ndarray,  # (H, W) class ids, 255 = ignored (black)
               patch: int,  # s, an even number of pixels
               colors: np.ndarray = CITYSCAPES_COLORS,  # (C, 3)
@@ -45,7 +45,7 @@ def patch_hog(labels: np.ndarray,  # (H, W) class ids, 255 = ignored (black)
     blocks = hog(colors[stretch(labels, patch)], 9, (patch // 2, patch // 2), (2, 2), feature_vector=False, channel_axis=-1)
     return blocks[::2, ::2].reshape(-1, 36)
 
-# %% ../nbs/02_region_labels.ipynb #22b0ead2
+# %% ../nbs/02_region_labels.ipynb #3df73398
 DESCRIPTORS = ("hog", "hog+classes")
 
 
@@ -69,7 +69,7 @@ def describe_patches(labels: np.ndarray, patch: int,
         parts.append(class_histogram(labels, patch, len(colors)))
     return np.hstack(parts).astype(np.float32)
 
-# %% ../nbs/02_region_labels.ipynb #facebe6d
+# %% ../nbs/02_region_labels.ipynb #79e72a33
 @dataclass(frozen=True)
 class RegionSettings:
     "How the vocabulary of context-relations is made."
@@ -94,7 +94,7 @@ class Vocabulary:
     def n(self) -> int:
         return int(self.numbers.max()) + 1
 
-# %% ../nbs/02_region_labels.ipynb #c04e6a98
+# %% ../nbs/02_region_labels.ipynb #135d5c98
 def _cluster(points, counts, distances, eps, min_samples):
     "DBSCAN at one eps: (labels, core mask), noise = -1."
     fit = DBSCAN(eps=eps, min_samples=min_samples, metric="precomputed").fit(distances, sample_weight=counts)
@@ -102,7 +102,7 @@ def _cluster(points, counts, distances, eps, min_samples):
     core[fit.core_sample_indices_] = True
     return fit.labels_, core
 
-# %% ../nbs/02_region_labels.ipynb #68ba6301
+# %% ../nbs/02_region_labels.ipynb #458aa05b
 def fit_vocabulary(descriptors: np.ndarray,  # (M, D) of sampled patches
                    patch: int, settings: RegionSettings = RegionSettings()) -> Vocabulary:
     "Search eps so that DBSCAN finds about N clusters; keep the N largest."
@@ -125,7 +125,7 @@ def fit_vocabulary(descriptors: np.ndarray,  # (M, D) of sampled patches
     kept[kept] = rank[labels[kept]] < settings.n_relations
     return Vocabulary(patch, float(eps), points[kept], rank[labels[kept]].astype(np.uint8), float(1 - share))
 
-# %% ../nbs/02_region_labels.ipynb #8b9469b6
+# %% ../nbs/02_region_labels.ipynb #f499127a
 def _squared_distances(points):
     norms = (points.astype(np.float64) ** 2).sum(1)
     return norms[:, None] + norms - 2 * points.astype(np.float64) @ points.T.astype(np.float64)
@@ -138,7 +138,7 @@ def _candidate_radii(distances, counts, min_samples):
     radius = np.take_along_axis(distances, order, 1)[np.arange(len(distances)), reached.argmax(1)]
     return np.unique(np.maximum(np.quantile(radius, np.linspace(0.1, 0.9, 9)), 1e-3))
 
-# %% ../nbs/02_region_labels.ipynb #db524654
+# %% ../nbs/02_region_labels.ipynb #13944c58
 def assign(descriptors: np.ndarray,  # (M, D)
            vocabulary: Vocabulary) -> np.ndarray:  # uint8 (M,), relation or 255
     "Nearest core sample's relation within eps, else 255; each patch by itself, so pieces equal the whole."
@@ -156,7 +156,7 @@ def region_labels(labels: np.ndarray,  # (H, W) class ids
     found = assign(describe_patches(labels, vocabulary.patch, settings.descriptor, colors), vocabulary)
     return found.reshape(region_grid(labels.shape, vocabulary.patch))
 
-# %% ../nbs/02_region_labels.ipynb #e509defd
+# %% ../nbs/02_region_labels.ipynb #bb00ac07
 def fit_vocabularies(label_map,  # function i -> (H, W) class ids
                      n: int,  # how many maps there are
                      settings: RegionSettings = RegionSettings(),
@@ -188,14 +188,14 @@ def label_dataset(label_map, n: int, vocabularies: list, settings: RegionSetting
 def _label_map(label_map, i, vocabularies, settings, colors):
     return [region_labels(label_map(i), v, settings, colors) for v in vocabularies]
 
-# %% ../nbs/02_region_labels.ipynb #43ec3e3d
+# %% ../nbs/02_region_labels.ipynb #edfd70bd
 def relation_name(histogram: np.ndarray,  # (n_classes,) mean class share in a relation's patches
                   classes: tuple = CITYSCAPES_CLASSES) -> str:
     "A relation by its classes with at least a tenth of the area, largest first: 'road-sidewalk'."
     order = [c for c in np.argsort(-histogram, kind="stable") if histogram[c] >= 0.1]
     return "-".join(classes[c] for c in order) or "mixed"
 
-# %% ../nbs/02_region_labels.ipynb #36bc387b
+# %% ../nbs/02_region_labels.ipynb #d84b73a0
 def save_regions(path, vocabularies: list, labels: list):
     "Write vocabularies and region labels (per level) to one .npz file, never half of it."
     arrays = {f"labels_{i}": level for i, level in enumerate(labels)}
