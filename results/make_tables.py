@@ -41,7 +41,7 @@ def spread(values: list) -> str:
 
 
 def pair_table(runs: list) -> str:
-    "One source and target: a row a method, mIoU on test, paired differences to source only, seconds of the run itself."
+    "One source and target: a row a method, mIoU on test, paired differences to source only, seconds of all its stages."
     base = {r["seed"]: r["miou"] for r in runs if r["method"] == "source_only"}
     lines = ["| method | seeds | test mIoU | against source only, seed by seed | seconds |", "|---|---|---|---|---|"]
     for method, name in NAMES.items():
@@ -49,7 +49,7 @@ def pair_table(runs: list) -> str:
         if rows:
             gains = [r["miou"] - base[r["seed"]] for r in rows if r["seed"] in base]
             gain = "" if method == "source_only" or not gains else " ".join(f"{g:+.1f}" for g in gains)
-            seconds = f"{mean(r['seconds'] for r in rows):.0f}" if "seconds" in rows[0] else ""
+            seconds = f"{mean(sum(r['cost'].values()) for r in rows):.0f}" if "cost" in rows[0] else ""
             lines.append(f"| {name} | {len(rows)} | {spread([r['miou'] for r in rows])} | {gain} | {seconds} |")
     return "\n".join(lines)
 
