@@ -1,5 +1,6 @@
 # make demo    watch MLAN adapt a segmentation network to unlabelled street scenes
 # make test    every gate, cheap ones first; the last line is pytest's count
+# make install makes only what both need
 # make clean   forget runs and caches (.venv stays)
 # Both commands make .venv and install into it once, and again when a file that says what to install has changed.
 # make PYTHON=/path/to/python3.12 ...   chooses the interpreter that .venv is made with
@@ -17,10 +18,12 @@ SUITS := import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))
 PYTHON ?= $(shell for p in python3 python python3.13 python3.12 python3.11 python3.10; do \
 	$$p -c '$(SUITS)' >/dev/null 2>&1 && { echo $$p; break; }; done)
 
-.PHONY: demo test clean
+.PHONY: demo test install clean
 
 demo: $(STAMP)
 	@$(BIN)/mlan demo --out $(OUT)
+
+install: $(STAMP)
 
 # $(call gate,name,command): run it; if it fails, say which gate that was
 define gate

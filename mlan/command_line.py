@@ -6,7 +6,7 @@
 __all__ = ['DEMO', 'command_run', 'command_check', 'command_evaluate', 'command_predict', 'demo', 'command_demo',
            'command_report', 'main']
 
-# %% ../nbs/13_command_line.ipynb #e2b51e85
+# %% ../nbs/13_command_line.ipynb #3a9909ab
 import argparse
 import json
 import sys
@@ -21,15 +21,19 @@ from tqdm import tqdm
 from .datasets import CITYSCAPES, PairedFolder, check_dataset, label_table, open_dataset
 from .evaluation import colorize, comparison_table, evaluate, method_title, network_input, predict_labels
 from .train import load_segmenter, report_runs, run_mlan
-from .trainer import PLANS, PROFILES, Settings, TrainingError, usable_device
+from .trainer import CHOICES, PLANS, PROFILES, QUICK, Settings, TrainingError, usable_device
 
-# %% ../nbs/13_command_line.ipynb #77000b0f
+# %% ../nbs/13_command_line.ipynb #2bbe26e8
 def _add_settings(parser):
     "A flag for every field of Settings that isn't an argument of its own."
     for f in fields(Settings):
         if f.name not in ("source", "target", "method", "profile"):
-            shape = {"nargs": len(f.default) if f.name != "portions" else "+"} if isinstance(f.default, tuple) else {}
-            parser.add_argument(f"--{f.name.replace('_', '-')}", dest=f.name, default=None, **shape)
+            shape = {"nargs": "+"} if isinstance(f.default, tuple) else {}
+            if f.name.endswith("size") and shape:
+                shape = {"nargs": 2, "metavar": ("HEIGHT", "WIDTH")}
+            choices = f" (of {', '.join(CHOICES[f.name])})" if f.name in CHOICES else ""
+            told = f"quick: {QUICK.get(f.name, f.default)}{choices}"
+            parser.add_argument(f"--{f.name.replace('_', '-')}", dest=f.name, default=None, help=told, **shape)
 
 
 def command_run(args) -> None:
@@ -40,7 +44,7 @@ def command_run(args) -> None:
         print(comparison_table({result.record["method"]: result.record}))
     print(f"\nreport: {result.out / 'report.html'}   weights: {result.out / 'checkpoint.pt'}")
 
-# %% ../nbs/13_command_line.ipynb #8f9beab6
+# %% ../nbs/13_command_line.ipynb #59b973cb
 def command_check(args) -> None:
     "Read every file of a data set; print what is there, split by split."
     for split in args.splits:
@@ -53,7 +57,7 @@ def command_check(args) -> None:
         for warning in found["warnings"]:
             print(f"  note: {warning}")
 
-# %% ../nbs/13_command_line.ipynb #cab0a850
+# %% ../nbs/13_command_line.ipynb #2c81825d
 def command_evaluate(args) -> None:
     "Score a checkpoint on a labelled split."
     device = usable_device(args.device)
@@ -81,7 +85,7 @@ def command_predict(args) -> None:
     (out / "classes.json").write_text(json.dumps(dict(enumerate(about["classes"])), indent=1))
     print(f"{len(photos)} images labelled in {out}: ids/ (class numbers), colors/, classes.json")
 
-# %% ../nbs/13_command_line.ipynb #e0b0d9a2
+# %% ../nbs/13_command_line.ipynb #9fc60484
 DEMO = ("source_only", "cr_al", "mlan", "oracle")
 
 
@@ -108,12 +112,12 @@ def command_demo(args) -> None:
     print(comparison_table({m: r.record for m, r in results.items()}))
     print(f"\nCR-AL against source only: {gain:+.1f} points.   Pictures, curves, settings: {Path(args.out) / 'report.html'}")
 
-# %% ../nbs/13_command_line.ipynb #055a6cd2
+# %% ../nbs/13_command_line.ipynb #1f037fa9
 def command_report(args) -> None:
     "One report on several runs of a pair."
     print(report_runs(args.runs, args.out))
 
-# %% ../nbs/13_command_line.ipynb #67b383f2
+# %% ../nbs/13_command_line.ipynb #629586ca
 def _command(commands, function, help, **flags):
     "A subcommand that calls the function; a flag with nargs and no default is an argument by position."
     sub = commands.add_parser(function.__name__.removeprefix("command_"), help=help, description=function.__doc__)
@@ -140,7 +144,7 @@ def _parser():
     command(command_demo, "watch the method on built-in scenes", out={"default": "runs/demo"}, seed={"default": "0"})
     return parser
 
-# %% ../nbs/13_command_line.ipynb #c895bf56
+# %% ../nbs/13_command_line.ipynb #a2e42ca2
 def main(argv: list | None = None) -> int:  # exit status: 0, or 2 where the input was wrong
     "The `mlan` command."
     args = _parser().parse_args(argv)
@@ -153,6 +157,7 @@ def main(argv: list | None = None) -> int:  # exit status: 0, or 2 where the inp
         print(f"mlan: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("mlan: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        goes_on = args.function in (command_run, command_demo)
+        print(f"mlan: stopped{'; the same command goes on from the last checkpoint, if there is one' * goes_on}", file=sys.stderr)
         return 130
     return 0

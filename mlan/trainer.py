@@ -7,11 +7,12 @@ __all__ = ['PLANS', 'QUICK', 'PROFILES', 'CHOICES', 'Plan', 'Settings', 'make_se
            'save_atomically', 'train_loop', 'poly', 'segmentation_optimiser', 'critic_optimiser', 'both_flows',
            'SegmentationStep', 'apply_update', 'TranslationStep']
 
-# %% ../nbs/11_trainer.ipynb #a186dafd
+# %% ../nbs/11_trainer.ipynb #b36ef728
 import json
 import os
 import time
 from dataclasses import dataclass, fields
+from difflib import get_close_matches
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ from .region_al import adaptive_weight
 from .region_labels import DESCRIPTORS, region_grid
 from .translation import TranslationPair
 
-# %% ../nbs/11_trainer.ipynb #11aaf2a5
+# %% ../nbs/11_trainer.ipynb #f574fda9
 @dataclass(frozen=True)
 class Plan:
     "The stages of a method."
@@ -46,7 +47,7 @@ PLANS = {name: Plan(name) for name in ABLATIONS} | {
     "oracle": Plan("source_only"),
 }
 
-# %% ../nbs/11_trainer.ipynb #259db7f9
+# %% ../nbs/11_trainer.ipynb #1a2e3568
 @dataclass(frozen=True)
 class _DataSettings:
     source: str = ""  # "streets:engine", "airsim_nh", "folder:PATH", ...
@@ -62,7 +63,7 @@ class _DataSettings:
     n_val: int = 0  # images of the target's val split, on which weights of the losses are chosen
     n_test: int = 0  # images of the target's test split, the one reported
 
-# %% ../nbs/11_trainer.ipynb #3256a9ed
+# %% ../nbs/11_trainer.ipynb #b3d0dcce
 @dataclass(frozen=True)
 class _ModelSettings(_DataSettings):
     patches: tuple = (32, 64, 128)  # region sizes in training pixels (R1)
@@ -75,7 +76,7 @@ class _ModelSettings(_DataSettings):
     critic_width: int = 64  # C_image's first channels (Section 4.2)
     pooling: str = "resize"  # R7
 
-# %% ../nbs/11_trainer.ipynb #211a77fe
+# %% ../nbs/11_trainer.ipynb #d369a962
 @dataclass(frozen=True)
 class _TrainingSettings(_ModelSettings):
     warmup_steps: int = 0  # source-only steps before adaptation; 0 with ImageNet weights, as in the paper
@@ -98,7 +99,7 @@ class _TrainingSettings(_ModelSettings):
     map_weights: str = "raw"  # R9
     reading: str = "entropy"  # R4
 
-# %% ../nbs/11_trainer.ipynb #1001212b
+# %% ../nbs/11_trainer.ipynb #537e17c5
 @dataclass(frozen=True)
 class Settings(_TrainingSettings):
     "All that determines a run's result, flat. Lengths in steps, sizes (height, width) in pixels."
@@ -115,7 +116,7 @@ class Settings(_TrainingSettings):
     val_every: int = 0  # score val every so many steps while training, 0 = never
     checkpoint_every: int = 1000
 
-# %% ../nbs/11_trainer.ipynb #56ce56e5
+# %% ../nbs/11_trainer.ipynb #96627765
 QUICK = dict(size=(64, 128), target_size=(64, 128), patches=(8, 16, 32), min_samples=4, backbone="small", weights="none",
              warmup_steps=900, warmup_lr=0.002, steps=500, schedule_steps=500, batch_size=6, optimiser="adamw", lr=0.001, head_lr=1.0,
              clip_norm=10.0, critic_lr=2e-3, critic_width=16, ramp_steps=100, map_weights="normalised",
@@ -124,12 +125,12 @@ QUICK = dict(size=(64, 128), target_size=(64, 128), patches=(8, 16, 32), min_sam
              self_training_steps=200, self_training_lr=3e-4, log_every=20, val_every=250, checkpoint_every=100)
 PROFILES = {"quick": QUICK, "paper": {}}
 
-# %% ../nbs/11_trainer.ipynb #454f1404
+# %% ../nbs/11_trainer.ipynb #3a7f3be7
 CHOICES = {"method": tuple(PLANS), "profile": tuple(PROFILES), "backbone": BACKBONES, "descriptor": DESCRIPTORS,
            "map_weights": MAP_WEIGHTS, "optimiser": ("sgd", "adamw"), "reading": ("entropy", "literal"),
            "pooling": ("resize", "adaptive")}
 
-# %% ../nbs/11_trainer.ipynb #1f08fc00
+# %% ../nbs/11_trainer.ipynb #5c07508b
 _COUNTS = ("steps", "schedule_steps", "batch_size", "translation_steps", "translation_batch", "self_training_steps",
            "log_every", "checkpoint_every", "min_samples", "region_sample", "critic_width", "translation_width")
 _NOT_NEGATIVE = ("seed", "data_seed", "warmup_steps", "ramp_steps", "clip_norm", "val_every", "n_source", "n_target", "n_val",
@@ -140,13 +141,13 @@ _RANGES = {
     **{name: (lambda v: v >= 0, "0 or more") for name in _NOT_NEGATIVE},
     **{name: (lambda v: v > 0, "more than 0") for name in _RATES},
     **{name: (lambda v: len(v) == 2 and min(v) >= 32, "height and width, at least 32 each") for name in ("size", "target_size")},
-    "patches": (lambda v: v and all(p >= 2 and p % 2 == 0 for p in v), "even numbers of pixels, from 2"),
+    "patches": (lambda v: v and all(p >= 2 and p % 2 == 0 for p in v) and sorted({*v}) == [*v], "even numbers of pixels, growing, from 2"),
     "portions": (lambda v: v and all(0 < p <= 1 for p in v), "one or more numbers above 0, at most 1"),
     "n_relations": (lambda v: 2 <= v <= 255, "a number from 2 to 255 (255 itself means none)"),
     "translated_share": (lambda v: 0 <= v <= 1, "a number from 0 to 1"),
 }
 
-# %% ../nbs/11_trainer.ipynb #b2253472
+# %% ../nbs/11_trainer.ipynb #65e31544
 def _one_of(name, value):
     if value not in CHOICES[name]:
         raise ValueError(f"unknown {name} {value!r}; choose one of {', '.join(CHOICES[name])}")
@@ -164,7 +165,7 @@ def _typed(name, default, value):
     except (TypeError, ValueError):
         raise ValueError(f"setting {name} must be like {default!r} ({kind.__name__}), not {value!r}") from None
 
-# %% ../nbs/11_trainer.ipynb #3cd60cf4
+# %% ../nbs/11_trainer.ipynb #452febaa
 def make_settings(source: str, target: str, method: str = "mlan", profile: str = "quick",
                   **overrides,  # any field of Settings
                   ) -> Settings:
@@ -173,7 +174,8 @@ def make_settings(source: str, target: str, method: str = "mlan", profile: str =
     known = {f.name: f.default for f in fields(Settings)}
     for name in overrides:
         if name not in known:
-            raise ValueError(f"unknown setting {name!r}; choose one of {', '.join(known)}")
+            near = get_close_matches(name, known, 3) or known
+            raise ValueError(f"unknown setting {name!r}; did you mean {' or '.join(near)}?")
     values = {name: _typed(name, known[name], value) for name, value in {**PROFILES[profile], **overrides}.items()}
     if "steps" in overrides and "schedule_steps" not in overrides:      # a longer run has a longer schedule
         usual = {**known, **PROFILES[profile]}
@@ -184,18 +186,21 @@ def make_settings(source: str, target: str, method: str = "mlan", profile: str =
     for name, (fits, wanted) in _RANGES.items():
         if not fits(getattr(settings, name)):
             raise ValueError(f"setting {name} is {getattr(settings, name)}; it must be {wanted}")
+    side = min(*settings.size, *settings.target_size)
+    if max(settings.patches) > side:
+        raise ValueError(f"setting patches is {settings.patches}; the largest must be at most {side}, the smallest side of the images")
     if settings.schedule_steps < settings.steps or settings.self_training_steps < len(settings.portions):
         raise ValueError("schedule_steps must not be less than steps, nor self_training_steps less than the number of portions")
     return settings
 
-# %% ../nbs/11_trainer.ipynb #2f3043f0
+# %% ../nbs/11_trainer.ipynb #102e93d6
 def usable_device(name: str) -> torch.device:  # of "auto", "cpu", "cuda", "cuda:1", ...
     "The device of that name; ValueError where torch cannot use it."
     name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
     try:
         return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError):
-        raise ValueError(f"device {name!r} cannot be used on this machine; choose auto, cpu or cuda") from None
+        raise ValueError(f"device {name!r} cannot be used on this machine; give cpu, or leave it out") from None
 
 
 class TrainingError(RuntimeError):
@@ -208,7 +213,7 @@ def save_atomically(value, path: Path):
     torch.save(value, part)
     part.replace(path)
 
-# %% ../nbs/11_trainer.ipynb #7bca2820
+# %% ../nbs/11_trainer.ipynb #f8e46e47
 def _resume(parts, checkpoint, log):
     "Load a checkpoint if there is one; returns the step to go on from, and cuts the log to it."
     if not checkpoint.exists():
@@ -234,7 +239,7 @@ def _stop_if_not_finite(rows, done, checkpoint, title):
                 raise TrainingError(f"{title}: {name} is not finite at step {done - len(rows) + i + 1}; {kept}; "
                                     "lower the learning rate or the lambdas")
 
-# %% ../nbs/11_trainer.ipynb #865d3d29
+# %% ../nbs/11_trainer.ipynb #5c29ee77
 def _stop_if_broken(parts, done, title):
     "TrainingError if a module has weights that are not finite: an update can break what its loss did not show."
     for name, part in parts.items():
@@ -276,7 +281,7 @@ def train_loop(step,  # object with .parts {name: has state_dict} and __call__(i
             save_atomically({"step": done, "parts": parts, "rng": torch.get_rng_state()}, checkpoint)
     return log
 
-# %% ../nbs/11_trainer.ipynb #f17ca367
+# %% ../nbs/11_trainer.ipynb #909a6683
 def poly(step: int, steps: int, power: float = 0.9) -> float:
     "The poly schedule: (1 - step / steps) ** power, and never quite zero."
     return (1 - min(step, steps - 1) / steps) ** power
@@ -296,7 +301,7 @@ def critic_optimiser(alignment: CoRegularizedAL | None, settings: Settings) -> t
     if alignment and alignment.critics:
         return torch.optim.Adam([p for c in alignment.critics for p in c.parameters()], settings.critic_lr, (0.9, 0.99))
 
-# %% ../nbs/11_trainer.ipynb #33895434
+# %% ../nbs/11_trainer.ipynb #9891885f
 def both_flows(net: Segmenter, source: tuple,  # images (B, 3, H, W), region labels a level
                target: Tensor,  # images (B, 3, H', W')
                patches: tuple,  # s, 2s, 4s
@@ -310,7 +315,7 @@ def both_flows(net: Segmenter, source: tuple,  # images (B, 3, H, W), region lab
         f_s, f_t = net.extractor(images), net.extractor(target)
     return Flow(f_s, grids_s, regions), Flow(f_t, grids_t)
 
-# %% ../nbs/11_trainer.ipynb #7141f326
+# %% ../nbs/11_trainer.ipynb #59407550
 class SegmentationStep:
     "One step of Eq. 10 for E, C_seg, C_region and C_image; without an alignment, of Eq. 2 or 14."
 
@@ -346,7 +351,7 @@ class SegmentationStep:
     def _update(self, terms, critic):
         return apply_update(self.learn, terms, self.s.clip_norm) | (apply_update(self.judge, critic) if critic else {})
 
-# %% ../nbs/11_trainer.ipynb #abf41069
+# %% ../nbs/11_trainer.ipynb #3c5a11c9
 def apply_update(optimiser: torch.optim.Optimizer, terms: dict,
                  clip_norm: float = 0.0,  # largest norm of the whole gradient, 0 = no limit
                  ) -> dict:  # {name: scalar} for the log
@@ -358,7 +363,7 @@ def apply_update(optimiser: torch.optim.Optimizer, terms: dict,
     optimiser.step()
     return {k if "/" in k else f"loss/{k}": v.detach().abs() for k, v in terms.items()}
 
-# %% ../nbs/11_trainer.ipynb #4ed3b552
+# %% ../nbs/11_trainer.ipynb #9db4a4bc
 class TranslationStep:
     "One step of Eq. 12: generators, then critics."
 
