@@ -6,7 +6,7 @@
 __all__ = ['DEMO', 'command_run', 'command_check', 'command_evaluate', 'command_predict', 'demo', 'command_demo',
            'command_report', 'main']
 
-# %% ../nbs/13_command_line.ipynb #3a9909ab
+# %% ../nbs/13_command_line.ipynb #2145deaa
 import argparse
 import json
 import sys
@@ -21,9 +21,9 @@ from tqdm import tqdm
 from .datasets import CITYSCAPES, PairedFolder, check_dataset, label_table, open_dataset
 from .evaluation import colorize, comparison_table, evaluate, method_title, network_input, predict_labels
 from .train import load_segmenter, report_runs, run_mlan
-from .trainer import CHOICES, PLANS, PROFILES, QUICK, Settings, TrainingError, usable_device
+from .trainer import CHOICES, PLANS, PROFILES, QUICK, Settings, TrainingError
 
-# %% ../nbs/13_command_line.ipynb #2bbe26e8
+# %% ../nbs/13_command_line.ipynb #44192126
 def _add_settings(parser):
     "A flag for every field of Settings that isn't an argument of its own."
     for f in fields(Settings):
@@ -44,7 +44,7 @@ def command_run(args) -> None:
         print(comparison_table({result.record["method"]: result.record}))
     print(f"\nreport: {result.out / 'report.html'}   weights: {result.out / 'checkpoint.pt'}")
 
-# %% ../nbs/13_command_line.ipynb #59b973cb
+# %% ../nbs/13_command_line.ipynb #d21de3b5
 def command_check(args) -> None:
     "Read every file of a data set; print what is there, split by split."
     for split in args.splits:
@@ -57,23 +57,22 @@ def command_check(args) -> None:
         for warning in found["warnings"]:
             print(f"  note: {warning}")
 
-# %% ../nbs/13_command_line.ipynb #2c81825d
+# %% ../nbs/13_command_line.ipynb #cd8e7333
 def command_evaluate(args) -> None:
     "Score a checkpoint on a labelled split."
-    device = usable_device(args.device)
-    net, about = load_segmenter(args.checkpoint, device)
+    net, about = load_segmenter(args.checkpoint, args.device)
     dataset = open_dataset(args.target, args.split, size=about["size"])
     table = label_table(dataset.space, about["members"])
-    scores = evaluate(net, dataset, table, about["classes"], about["size"], device=device, progress=not args.quiet)
+    scores = evaluate(net, dataset, table, about["classes"], about["size"],
+                      device=next(net.parameters()).device, progress=not args.quiet)
     print(comparison_table({Path(args.checkpoint).parent.name: scores}))
 
 
 @torch.no_grad()
 def command_predict(args) -> None:
     "Label every image of a folder: class ids and colours, at the image's own size."
-    device = usable_device(args.device)
-    net, about = load_segmenter(args.checkpoint, device)
-    photos, out = PairedFolder(args.images, None, CITYSCAPES), Path(args.out)
+    net, about = load_segmenter(args.checkpoint, args.device)
+    photos, out, device = PairedFolder(args.images, None, CITYSCAPES), Path(args.out), next(net.parameters()).device
     for part in ("ids", "colors"):
         (out / part).mkdir(parents=True, exist_ok=True)
     for i, stem in enumerate(tqdm(photos.stems, desc="predict", disable=args.quiet)):
@@ -85,7 +84,7 @@ def command_predict(args) -> None:
     (out / "classes.json").write_text(json.dumps(dict(enumerate(about["classes"])), indent=1))
     print(f"{len(photos)} images labelled in {out}: ids/ (class numbers), colors/, classes.json")
 
-# %% ../nbs/13_command_line.ipynb #9fc60484
+# %% ../nbs/13_command_line.ipynb #cd713c79
 DEMO = ("source_only", "cr_al", "mlan", "oracle")
 
 
@@ -112,12 +111,12 @@ def command_demo(args) -> None:
     print(comparison_table({m: r.record for m, r in results.items()}))
     print(f"\nCR-AL against source only: {gain:+.1f} points.   Pictures, curves, settings: {Path(args.out) / 'report.html'}")
 
-# %% ../nbs/13_command_line.ipynb #1f037fa9
+# %% ../nbs/13_command_line.ipynb #a8a8a189
 def command_report(args) -> None:
     "One report on several runs of a pair."
     print(report_runs(args.runs, args.out))
 
-# %% ../nbs/13_command_line.ipynb #629586ca
+# %% ../nbs/13_command_line.ipynb #9f11d7b2
 def _command(commands, function, help, **flags):
     "A subcommand that calls the function; a flag with nargs and no default is an argument by position."
     sub = commands.add_parser(function.__name__.removeprefix("command_"), help=help, description=function.__doc__)
@@ -144,7 +143,7 @@ def _parser():
     command(command_demo, "watch the method on built-in scenes", out={"default": "runs/demo"}, seed={"default": "0"})
     return parser
 
-# %% ../nbs/13_command_line.ipynb #a2e42ca2
+# %% ../nbs/13_command_line.ipynb #053a788f
 def main(argv: list | None = None) -> int:  # exit status: 0, or 2 where the input was wrong
     "The `mlan` command."
     args = _parser().parse_args(argv)

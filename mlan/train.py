@@ -8,7 +8,7 @@ __all__ = ['PairData', 'open_pair', 'digest', 'Run', 'source_batch', 'target_bat
            'Result', 'run_mlan', 'save_segmenter', 'load_segmenter', 'picture_rows', 'save_pictures', 'load_pictures',
            'report_runs']
 
-# %% ../nbs/12_train.ipynb #e9387203
+# %% ../nbs/12_train.ipynb #719239fd
 import hashlib
 import json
 import os
@@ -31,10 +31,11 @@ from .evaluation import SYNTHIA_13, PictureRow, Scores, evaluate, mean_iou, meth
 from .networks import Segmenter, build_extractor
 from .region_labels import RegionSettings, fit_vocabularies, label_dataset, load_regions, region_grid, save_regions
 from .self_training import label_target
-from .trainer import PLANS, SegmentationStep, Settings, TranslationStep, make_settings, save_atomically, train_loop, usable_device
+from .trainer import (PLANS, SegmentationStep, Settings, TranslationStep, make_settings, save_atomically, train_loop,
+                          usable_device, write_whole)
 from .translation import TranslationPair, TranslationSettings
 
-# %% ../nbs/12_train.ipynb #92cc51a6
+# %% ../nbs/12_train.ipynb #ce48f8bc
 @dataclass
 class PairData:
     "A source and a target, opened, mapped to shared classes and checked."
@@ -61,7 +62,7 @@ class PairData:
     def images(self) -> dict:  # how many a split
         return {k: len(getattr(self, k) or ()) for k in ("source", "target", "val", "test")}
 
-# %% ../nbs/12_train.ipynb #6f5f42c0
+# %% ../nbs/12_train.ipynb #96382197
 _OF_TARGET = {"train": "n_target", "val": "n_val", "test": "n_test"}
 
 
@@ -82,7 +83,7 @@ def _prints(trained, target, val, test) -> dict:
     "What the data was, in fingerprints."
     return {"source": trained.fingerprint(), "target": target.fingerprint(), "test": test.fingerprint()}
 
-# %% ../nbs/12_train.ipynb #50d16e51
+# %% ../nbs/12_train.ipynb #8c4ac538
 def open_pair(settings: Settings, source=None, target=None) -> PairData:
     "Open, check and load the data of a run; DataError names what is wrong before training starts."
     s, source, target = settings, source or settings.source, target or settings.target
@@ -104,7 +105,7 @@ def _name(spec) -> str:
         return spec
     return f"object:{given_dataset(spec, 'train').fingerprint()}"
 
-# %% ../nbs/12_train.ipynb #c1b0874c
+# %% ../nbs/12_train.ipynb #67150c7f
 def digest(*parts) -> str:
     "Twelve hexadecimal digits that change when any part does."
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:12]
@@ -119,7 +120,7 @@ _OF_TRANSLATION = ("seed", "size", "target_size", "translation_steps", "translat
                    "translation_width")
 _OF_SELF_TRAINING = ("target_size", "portions", "self_training_steps", "self_training_lr", "clip_norm")
 
-# %% ../nbs/12_train.ipynb #91d695a7
+# %% ../nbs/12_train.ipynb #ee81bb22
 class Run:
     "Settings, data and device of a run, and what its stages have left so far."
 
@@ -154,7 +155,7 @@ class Run:
             self.logs += [{**json.loads(line), "stage": stage} for line in log.read_text().splitlines()]
         Path(f"{prefix}.partial.pt").unlink(missing_ok=True)
 
-# %% ../nbs/12_train.ipynb #95e463f7
+# %% ../nbs/12_train.ipynb #57478944
 def _indices(run, i, n, batch, purpose):
     return Stream(n, batch, 4 * run.s.seed + purpose).indices(i)
 
@@ -186,7 +187,7 @@ def score(run: Run, net: Segmenter, dataset) -> Scores:
     data = run.data
     return evaluate(net.eval(), dataset, data.lut, data.classes, run.s.target_size, 16, run.device)
 
-# %% ../nbs/12_train.ipynb #8e4316be
+# %% ../nbs/12_train.ipynb #41801b0c
 def label_regions(run: Run):
     "Stage: the vocabulary of context-relations and the source's region labels."
     s, source = run.s, run.data.source
@@ -203,7 +204,7 @@ def label_regions(run: Run):
     run.regions = [torch.from_numpy(level).long() for level in labels]
     run.facts["relations"] = list(run.relations)
 
-# %% ../nbs/12_train.ipynb #fd5cebd2
+# %% ../nbs/12_train.ipynb #80e922d8
 def new_segmenter(run: Run) -> Segmenter:
     "E and C_seg as the seed makes them."
     torch.manual_seed(run.s.seed)
@@ -234,7 +235,7 @@ def warm_up(run: Run):
     run.do("warm_up", prefix.with_suffix(".pt"), make)
     run.keep_log("warm_up", prefix)
 
-# %% ../nbs/12_train.ipynb #815c77e8
+# %% ../nbs/12_train.ipynb #ec80f5cf
 def new_alignment(run: Run, channels: int, rates: tuple) -> CoRegularizedAL:
     "C_region and C_image of the method's ablation."
     settings = AlignmentSettings(**{f.name: getattr(run.s, f.name) for f in fields(AlignmentSettings)})
@@ -272,7 +273,7 @@ def align(run: Run, stage: str = "align") -> tuple:  # Segmenter, CoRegularizedA
         run.aligned = net, alignment
     return net, alignment
 
-# %% ../nbs/12_train.ipynb #e6fa449d
+# %% ../nbs/12_train.ipynb #1436d7f3
 def make_maps(run: Run):
     "Stage: M_region, M_image and M_multi of every target image."
     path = run.file("maps", (), run.used["align"].name).with_suffix(".pt")
@@ -285,7 +286,7 @@ def make_maps(run: Run):
 
     run.maps = ConsistencyMaps(**torch.load(run.do("maps", path, make), weights_only=True))
 
-# %% ../nbs/12_train.ipynb #9c31f910
+# %% ../nbs/12_train.ipynb #6128e0a8
 def _train_translation(run, prefix, maps):
     "A trained pair; maps = M_multi with mean 1, or None for plain translation."
     s, data = run.s, run.data
@@ -318,7 +319,7 @@ def translate(run: Run):
     run.translated = torch.load(run.do("translation", prefix.with_suffix(".pt"), make), weights_only=True)["translated"]
     run.keep_log("translation", prefix)
 
-# %% ../nbs/12_train.ipynb #1b038ac5
+# %% ../nbs/12_train.ipynb #a92f8a32
 def _round(run, net, r, portion, prefix):
     "One round: pseudo labels with this portion, then fine-tuning; returns what to record."
     s = run.s
@@ -355,7 +356,7 @@ def self_train(run: Run, net: Segmenter) -> Segmenter:
     run.facts["self_training"] = state["rounds"]
     return net
 
-# %% ../nbs/12_train.ipynb #db3a86c0
+# %% ../nbs/12_train.ipynb #df7db54b
 def walk(run: Run) -> Segmenter:
     "All stages of the method's plan; returns the final E and C_seg."
     if ABLATIONS[run.plan.ablation].needs_regions:
@@ -370,7 +371,7 @@ def walk(run: Run) -> Segmenter:
         net, _ = align(run, "align_translated")
     return self_train(run, net) if run.plan.self_train else net
 
-# %% ../nbs/12_train.ipynb #ab80a87e
+# %% ../nbs/12_train.ipynb #097bfba8
 @dataclass(frozen=True)
 class Result:
     "What `run_mlan` returns."
@@ -379,7 +380,7 @@ class Result:
     out: Path  # the run's folder
     record: dict  # all that is in result.json
 
-# %% ../nbs/12_train.ipynb #a7c1cea4
+# %% ../nbs/12_train.ipynb #e69826ff
 def run_mlan(source, target,  # "streets:engine", "airsim_nh", "folder:PATH", a data set, or a dict of one a split
              method: str = "mlan", profile: str = "quick", out: str | Path = "runs/mlan",
              stages: str | Path | None = None,  # folder of stage outcomes, to share between runs; by default OUT/stages
@@ -396,7 +397,7 @@ def run_mlan(source, target,  # "streets:engine", "airsim_nh", "folder:PATH", a 
     usable_device(settings.device)
     data = open_pair(settings, source, target)
     out.mkdir(parents=True, exist_ok=True)
-    _write_json(out / "settings.json", asdict(settings))
+    write_whole(out / "settings.json", lambda part: part.write_text(json.dumps(asdict(settings), indent=1)))
     for samples in (data.source, data.target):
         samples.load(workers=min(2, os.cpu_count()), progress=progress)
     run = Run(settings, data, stages or out / "stages", progress)
@@ -406,7 +407,7 @@ def run_mlan(source, target,  # "streets:engine", "airsim_nh", "folder:PATH", a 
     _write(run, net, record, out)
     return _result(record, out)
 
-# %% ../nbs/12_train.ipynb #372e6308
+# %% ../nbs/12_train.ipynb #0da2fdf2
 def _finished(out, settings):
     "The record of a finished run in this folder; ValueError if the folder belongs to a run with other settings."
     if (out / "settings.json").exists():
@@ -418,17 +419,10 @@ def _finished(out, settings):
             return json.loads((out / "result.json").read_text())
 
 
-def _write_json(path, value):
-    "Write a file that is there whole or not at all."
-    part = path.with_suffix(".json.part")
-    part.write_text(json.dumps(value, indent=1))
-    part.replace(path)
-
-
 def _result(record, out):
     return Result(record["miou"], record["per_class"], out, record)
 
-# %% ../nbs/12_train.ipynb #297eedca
+# %% ../nbs/12_train.ipynb #d3c01ec4
 def _commit():
     "The git commit of the source tree, with -dirty where files differ from it, or None outside of one."
     try:
@@ -456,7 +450,7 @@ def _environment(device) -> dict:
     return {"commit": _commit(), "versions": {n: metadata.version(n) for n in libraries},
             "python": platform.python_version(), **_hardware(device)}
 
-# %% ../nbs/12_train.ipynb #0766c781
+# %% ../nbs/12_train.ipynb #e64e36fc
 def _record(run: Run, net: Segmenter, seconds: float) -> dict:
     "The run as one JSON object."
     data, s = run.data, run.s
@@ -471,7 +465,7 @@ def _record(run: Run, net: Segmenter, seconds: float) -> dict:
         record["miou_13"] = mean_iou(torch.tensor(test["matrix"]), data.classes, SYNTHIA_13)
     return json.loads(json.dumps(record))
 
-# %% ../nbs/12_train.ipynb #bf8ef743
+# %% ../nbs/12_train.ipynb #d7cb3001
 def save_segmenter(net: Segmenter, path: Path, settings: Settings, shared: SharedClasses):
     "The last weights and all that `load_segmenter` needs to use them."
     about = {"classes": list(shared.classes), "members": [list(m) for m in shared.members],
@@ -485,7 +479,7 @@ def load_segmenter(path: str | Path,  # a run's checkpoint.pt
     "Read the weights of a run; a missing, torn or foreign file is refused by name."
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}; give a run's checkpoint.pt")
-    device = usable_device(str(device))
+    device = usable_device(device)
     try:
         state = torch.load(path, map_location=device, weights_only=True)
         extractor = build_extractor(state["backbone"], caffe=state["caffe"])
@@ -498,7 +492,7 @@ def load_segmenter(path: str | Path,  # a run's checkpoint.pt
         raise ValueError(f"{path} is not a checkpoint of this package ({kind}); give a run's checkpoint.pt") from None
     return net.eval(), about
 
-# %% ../nbs/12_train.ipynb #ed5ec946
+# %% ../nbs/12_train.ipynb #f6013075
 @torch.no_grad()
 def picture_rows(run: Run, net: Segmenter, n: int = 4) -> list:  # of PictureRow
     "Test images with truth, prediction and consistency maps."
@@ -514,7 +508,7 @@ def picture_rows(run: Run, net: Segmenter, n: int = 4) -> list:  # of PictureRow
         rows.append(PictureRow(Path(dataset.name(i)).stem, image, truth, {run.s.method: found}, maps))
     return rows
 
-# %% ../nbs/12_train.ipynb #ded99bc3
+# %% ../nbs/12_train.ipynb #46caca0f
 def save_pictures(path: Path, rows: list):
     "Images, truths, predictions and maps as one .npz file."
     arrays = {}
@@ -538,7 +532,7 @@ def load_pictures(path: Path) -> list:  # of PictureRow
     return [PictureRow(str(arrays[f"{i}/name"]), arrays[f"{i}/image"], arrays.get(f"{i}/truth"),
                        part(i, "prediction"), part(i, "map")) for i in range(n)]
 
-# %% ../nbs/12_train.ipynb #bec152c7
+# %% ../nbs/12_train.ipynb #a2065a01
 def _one_axis(rows):
     "Log rows of all stages on one axis of steps."
     found, offset, last = [], 0, None
@@ -561,7 +555,7 @@ def _notes(records):
         notes.append(f"{method_title(r['method'])}: seed {r['seed']}, {r['seconds']:.0f} s{'; ' + made if made else ''}")
     return notes
 
-# %% ../nbs/12_train.ipynb #2fdbe6da
+# %% ../nbs/12_train.ipynb #b9a08820
 def report_runs(folders: list,  # of runs on one source and target, in the order of the table
                 path: str | Path,  # the report to write
                 records: list | None = None,  # their records, if not yet in their folders
@@ -590,11 +584,11 @@ def report_runs(folders: list,  # of runs on one source and target, in the order
     colors = np.array(first["colors"], np.uint8)
     return write_report(path, title, settings, scores, curves, rows, _notes(records), first["classes"], colors)
 
-# %% ../nbs/12_train.ipynb #aaaef1c4
+# %% ../nbs/12_train.ipynb #a1195f10
 def _write(run: Run, net: Segmenter, record: dict, out: Path):
     "Everything that a run's folder holds; result.json last, because it says that the run is done."
     (out / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in run.logs))
     save_segmenter(net, out / "checkpoint.pt", run.s, run.data.shared)
     save_pictures(out / "pictures.npz", picture_rows(run, net))
     report_runs([out], out / "report.html", [record])
-    _write_json(out / "result.json", record)
+    write_whole(out / "result.json", lambda part: part.write_text(json.dumps(record, indent=1)))

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PLANS', 'QUICK', 'PROFILES', 'CHOICES', 'Plan', 'Settings', 'make_settings', 'usable_device', 'TrainingError',
-           'save_atomically', 'train_loop', 'poly', 'segmentation_optimiser', 'critic_optimiser', 'both_flows',
-           'SegmentationStep', 'apply_update', 'TranslationStep']
+           'write_whole', 'save_atomically', 'train_loop', 'poly', 'segmentation_optimiser', 'critic_optimiser',
+           'both_flows', 'SegmentationStep', 'apply_update', 'TranslationStep']
 
-# %% ../nbs/11_trainer.ipynb #ec90a21c
+# %% ../nbs/11_trainer.ipynb #62042abd
 import json
 import os
 import time
@@ -25,7 +25,7 @@ from .region_al import adaptive_weight
 from .region_labels import DESCRIPTORS, region_grid
 from .translation import TranslationPair
 
-# %% ../nbs/11_trainer.ipynb #a6d1ed2f
+# %% ../nbs/11_trainer.ipynb #22027744
 @dataclass(frozen=True)
 class Plan:
     "The stages of a method."
@@ -47,7 +47,7 @@ PLANS = {name: Plan(name) for name in ABLATIONS} | {
     "oracle": Plan("source_only"),
 }
 
-# %% ../nbs/11_trainer.ipynb #a983c8bb
+# %% ../nbs/11_trainer.ipynb #b3979dc4
 @dataclass(frozen=True)
 class _DataSettings:
     source: str = ""  # "streets:engine", "airsim_nh", "folder:PATH", ...
@@ -63,7 +63,7 @@ class _DataSettings:
     n_val: int = 0  # images of the target's val split, on which weights of the losses are chosen
     n_test: int = 0  # images of the target's test split, the one reported
 
-# %% ../nbs/11_trainer.ipynb #fbe0e40b
+# %% ../nbs/11_trainer.ipynb #6504b8c9
 @dataclass(frozen=True)
 class _ModelSettings(_DataSettings):
     patches: tuple = (32, 64, 128)  # region sizes in training pixels (R1)
@@ -76,7 +76,7 @@ class _ModelSettings(_DataSettings):
     critic_width: int = 64  # C_image's first channels (Section 4.2)
     pooling: str = "resize"  # R7
 
-# %% ../nbs/11_trainer.ipynb #58817e8e
+# %% ../nbs/11_trainer.ipynb #a7aa7d5b
 @dataclass(frozen=True)
 class _TrainingSettings(_ModelSettings):
     warmup_steps: int = 0  # source-only steps before adaptation; 0 with ImageNet weights, as in the paper
@@ -99,7 +99,7 @@ class _TrainingSettings(_ModelSettings):
     map_weights: str = "raw"  # R9
     reading: str = "entropy"  # R4
 
-# %% ../nbs/11_trainer.ipynb #cab665b7
+# %% ../nbs/11_trainer.ipynb #cd6fb43e
 @dataclass(frozen=True)
 class Settings(_TrainingSettings):
     "All that determines a run's result, flat. Lengths in steps, sizes (height, width) in pixels."
@@ -116,7 +116,7 @@ class Settings(_TrainingSettings):
     val_every: int = 0  # score val every so many steps while training, 0 = never
     checkpoint_every: int = 1000
 
-# %% ../nbs/11_trainer.ipynb #4585219d
+# %% ../nbs/11_trainer.ipynb #d9cddab8
 QUICK = dict(size=(64, 128), target_size=(64, 128), patches=(8, 16, 32), min_samples=4, backbone="small", weights="none",
              warmup_steps=900, warmup_lr=0.002, steps=500, schedule_steps=500, batch_size=6, optimiser="adamw", lr=0.001, head_lr=1.0,
              clip_norm=10.0, critic_lr=2e-3, critic_width=16, ramp_steps=100, map_weights="normalised",
@@ -125,12 +125,12 @@ QUICK = dict(size=(64, 128), target_size=(64, 128), patches=(8, 16, 32), min_sam
              self_training_steps=200, self_training_lr=3e-4, log_every=20, val_every=250, checkpoint_every=100)
 PROFILES = {"quick": QUICK, "paper": {}}
 
-# %% ../nbs/11_trainer.ipynb #ed39d2c9
+# %% ../nbs/11_trainer.ipynb #b800b4da
 CHOICES = {"method": tuple(PLANS), "profile": tuple(PROFILES), "backbone": BACKBONES, "descriptor": DESCRIPTORS,
            "map_weights": MAP_WEIGHTS, "optimiser": ("sgd", "adamw"), "reading": ("entropy", "literal"),
            "pooling": ("resize", "adaptive")}
 
-# %% ../nbs/11_trainer.ipynb #56ea95b1
+# %% ../nbs/11_trainer.ipynb #f6d290e8
 _COUNTS = ("steps", "schedule_steps", "batch_size", "translation_steps", "translation_batch", "self_training_steps",
            "log_every", "checkpoint_every", "min_samples", "region_sample", "critic_width", "translation_width")
 _NOT_NEGATIVE = ("seed", "data_seed", "warmup_steps", "ramp_steps", "clip_norm", "val_every", "n_source", "n_target", "n_val",
@@ -147,7 +147,7 @@ _RANGES = {
     "translated_share": (lambda v: 0 <= v <= 1, "a number from 0 to 1"),
 }
 
-# %% ../nbs/11_trainer.ipynb #3cbcb18b
+# %% ../nbs/11_trainer.ipynb #01ae6317
 def _one_of(name, value):
     if value not in CHOICES[name]:
         raise ValueError(f"unknown {name} {value!r}; choose one of {', '.join(CHOICES[name])}")
@@ -165,7 +165,7 @@ def _typed(name, default, value):
     except (TypeError, ValueError):
         raise ValueError(f"setting {name} must be like {default!r} ({kind.__name__}), not {value!r}") from None
 
-# %% ../nbs/11_trainer.ipynb #cb4ae83c
+# %% ../nbs/11_trainer.ipynb #2fbfb6dc
 def make_settings(source: str, target: str, method: str = "mlan", profile: str = "quick",
                   **overrides,  # any field of Settings
                   ) -> Settings:
@@ -193,7 +193,7 @@ def make_settings(source: str, target: str, method: str = "mlan", profile: str =
         raise ValueError("schedule_steps must not be less than steps, nor self_training_steps less than the number of portions")
     return settings
 
-# %% ../nbs/11_trainer.ipynb #75f3cdbf
+# %% ../nbs/11_trainer.ipynb #6f365f43
 def usable_device(name: str) -> torch.device:  # of "auto", "cpu", "cuda", "cuda:1", ...
     "The device of that name; ValueError where torch cannot use it."
     name = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
@@ -207,13 +207,18 @@ class TrainingError(RuntimeError):
     "Training cannot go on; the message names stage, step, and the checkpoint that is kept."
 
 
-def save_atomically(value, path: Path):
-    "torch.save that never leaves half a file."
+def write_whole(path: Path, write):  # function of the path to write to
+    "Write a file that is there whole or not at all, whoever else writes it."
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    torch.save(value, part)
+    write(part)
     part.replace(path)
 
-# %% ../nbs/11_trainer.ipynb #e35afede
+
+def save_atomically(value, path: Path):
+    "torch.save that never leaves half a file."
+    write_whole(path, lambda part: torch.save(value, part))
+
+# %% ../nbs/11_trainer.ipynb #1e55c7f4
 def _resume(parts, checkpoint, log):
     "Load a checkpoint if there is one; returns the step to go on from, and cuts the log to it."
     if not checkpoint.exists():
@@ -224,9 +229,7 @@ def _resume(parts, checkpoint, log):
         part.load_state_dict(state["parts"][name])
     torch.set_rng_state(state["rng"])
     rows = [row for row in map(json.loads, log.read_text().splitlines()) if row["step"] <= state["step"]]
-    part = Path(f"{log}.part")
-    part.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    part.replace(log)
+    write_whole(log, lambda part: part.write_text("".join(json.dumps(row) + "\n" for row in rows)))
     return state["step"]
 
 
@@ -239,7 +242,7 @@ def _stop_if_not_finite(rows, done, checkpoint, title):
                 raise TrainingError(f"{title}: {name} is not finite at step {done - len(rows) + i + 1}; {kept}; "
                                     "lower the learning rate or the lambdas")
 
-# %% ../nbs/11_trainer.ipynb #59b0dcb1
+# %% ../nbs/11_trainer.ipynb #edf12a29
 def _stop_if_broken(parts, done, title):
     "TrainingError if a module has weights that are not finite: an update can break what its loss did not show."
     for name, part in parts.items():
@@ -252,7 +255,7 @@ def _due(done, every, steps):
     "Every so many steps, and after the last one; 0 = never."
     return every > 0 and (done % every == 0 or done == steps)
 
-# %% ../nbs/11_trainer.ipynb #0159020a
+# %% ../nbs/11_trainer.ipynb #4ca11c82
 def train_loop(step,  # object with .parts {name: has state_dict} and __call__(i) -> {name: scalar tensor}
                steps: int, prefix: Path,  # log is PREFIX.jsonl, checkpoint PREFIX.partial.pt
                settings: Settings, validate=None,  # function () -> mIoU on val
@@ -274,14 +277,14 @@ def train_loop(step,  # object with .parts {name: has state_dict} and __call__(i
                 f.write(json.dumps({"step": done, **row, "seconds": round(time.time() - began, 1)}) + "\n")
             rows = []
             bar.set_postfix({k: f"{v:.3g}" for k, v in row.items() if k in ("loss/seg", "miou_val")})
-        if keeps or done == steps:
+        if keeps:
             _stop_if_broken(step.parts, done, title or prefix.name)
         if keeps and done < steps:
             parts = {name: part.state_dict() for name, part in step.parts.items()}
             save_atomically({"step": done, "parts": parts, "rng": torch.get_rng_state()}, checkpoint)
     return log
 
-# %% ../nbs/11_trainer.ipynb #37d83720
+# %% ../nbs/11_trainer.ipynb #6eaf78d9
 def poly(step: int, steps: int, power: float = 0.9) -> float:
     "The poly schedule: (1 - step / steps) ** power, and never quite zero."
     return (1 - min(step, steps - 1) / steps) ** power
@@ -301,7 +304,7 @@ def critic_optimiser(alignment: CoRegularizedAL | None, settings: Settings) -> t
     if alignment and alignment.critics:
         return torch.optim.Adam([p for c in alignment.critics for p in c.parameters()], settings.critic_lr, (0.9, 0.99))
 
-# %% ../nbs/11_trainer.ipynb #b65dc998
+# %% ../nbs/11_trainer.ipynb #bd1856f4
 def both_flows(net: Segmenter, source: tuple,  # images (B, 3, H, W), region labels a level
                target: Tensor,  # images (B, 3, H', W')
                patches: tuple,  # s, 2s, 4s
@@ -315,7 +318,7 @@ def both_flows(net: Segmenter, source: tuple,  # images (B, 3, H, W), region lab
         f_s, f_t = net.extractor(images), net.extractor(target)
     return Flow(f_s, grids_s, regions), Flow(f_t, grids_t)
 
-# %% ../nbs/11_trainer.ipynb #da027656
+# %% ../nbs/11_trainer.ipynb #b678976e
 class SegmentationStep:
     "One step of Eq. 10 for E, C_seg, C_region and C_image; without an alignment, of Eq. 2 or 14."
 
@@ -351,7 +354,7 @@ class SegmentationStep:
     def _update(self, terms, critic):
         return apply_update(self.learn, terms, self.s.clip_norm) | (apply_update(self.judge, critic) if critic else {})
 
-# %% ../nbs/11_trainer.ipynb #624111fe
+# %% ../nbs/11_trainer.ipynb #68506010
 def apply_update(optimiser: torch.optim.Optimizer, terms: dict,
                  clip_norm: float = 0.0,  # largest norm of the whole gradient, 0 = no limit
                  ) -> dict:  # {name: scalar} for the log
@@ -363,7 +366,7 @@ def apply_update(optimiser: torch.optim.Optimizer, terms: dict,
     optimiser.step()
     return {k if "/" in k else f"loss/{k}": v.detach().abs() for k, v in terms.items()}
 
-# %% ../nbs/11_trainer.ipynb #144a5910
+# %% ../nbs/11_trainer.ipynb #e4fc019b
 class TranslationStep:
     "One step of Eq. 12: generators, then critics."
 
