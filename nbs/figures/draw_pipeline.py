@@ -1,4 +1,4 @@
-"""Draws the method on one page: pipeline.svg, and pipeline_00.svg to pipeline_13.svg with one notebook's blocks lit.
+"""Draws the method on one page: pipeline.svg, and pipeline_00.svg to pipeline_17.svg with one notebook's blocks lit.
 
 Run it in any folder: the pictures are written beside this file, and they are the same every time.
 `python draw_pipeline.py FOLDER` writes PNGs there as well, to look at. Coordinates are pixels, y grows downwards.
@@ -27,8 +27,8 @@ SETTINGS = {"svg.fonttype": "path", "svg.hashsalt": "mlan", "font.family": "Deja
 
 @dataclass(frozen=True)
 class Block:
-    "A box with its notebook's number, a title and smaller lines under it."
-    number: int
+    "A box with its notebooks' numbers, a title and smaller lines under it."
+    numbers: tuple
     box: tuple  # x, y, width, height
     title: str
     lines: tuple = ()
@@ -37,23 +37,23 @@ class Block:
 
 
 BLOCKS = (
-    Block(0, (30, 108, 116, 112), "Source", (), top=14),
-    Block(0, (30, 262, 116, 112), "Target", (), badge=False, top=14),
-    Block(1, (180, 108, 82, 266), "Data sets", ("label spaces", "checks", "streams"), top=110),
-    Block(2, (300, 78, 206, 46), "Region labels", ("HOG, DBSCAN: $N$ relations",), top=16),
-    Block(3, (406, 146, 100, 90), r"$C_\mathrm{region}$", ("3 region levels",), badge=False, top=37),
-    Block(3, (406, 258, 100, 80), r"$C_\mathrm{image}$", (r"domain, 3$\times$3",), badge=False, top=30),
-    Block(3, (406, 360, 100, 66), r"$C_\mathrm{seg}$", ("classes",), badge=False, top=24),
-    Block(4, (554, 146, 146, 90), "RL-AL",
+    Block((0,), (30, 108, 116, 112), "Source", (), top=14),
+    Block((0,), (30, 262, 116, 112), "Target", (), badge=False, top=14),
+    Block((1, 2, 3), (180, 108, 82, 266), "Data sets", ("label spaces", "layouts", "checks", "streams"), top=106),
+    Block((4,), (300, 78, 206, 46), "Region labels", ("HOG, DBSCAN: $N$ relations",), top=16),
+    Block((5,), (406, 146, 100, 90), r"$C_\mathrm{region}$", ("3 region levels",), badge=False, top=37),
+    Block((5,), (406, 258, 100, 80), r"$C_\mathrm{image}$", (r"domain, 3$\times$3",), badge=False, top=30),
+    Block((5,), (406, 360, 100, 66), r"$C_\mathrm{seg}$", ("classes",), badge=False, top=24),
+    Block((6,), (554, 146, 146, 90), "RL-AL",
           (r"$L_\mathrm{region}$: learn relations", r"$L_\mathrm{ent}$: max-min entropy,", "gradient reversed"), 21),
-    Block(5, (554, 258, 146, 80), "IL-AL", (r"$L_\mathrm{image}$: $E$ makes the", "target pass for source"), top=23),
-    Block(6, (762, 108, 112, 216), "CR-AL", ("each map weighs", "the other's loss"), top=17),
-    Block(7, (762, 346, 112, 102), "MLCM", (), top=15),
-    Block(8, (30, 462, 232, 72), "Regularized translation",
+    Block((7,), (554, 258, 146, 80), "IL-AL", (r"$L_\mathrm{image}$: $E$ makes the", "target pass for source"), top=23),
+    Block((8,), (762, 108, 112, 216), "CR-AL", ("each map weighs", "the other's loss"), top=17),
+    Block((9,), (762, 346, 112, 102), "MLCM", (), top=15),
+    Block((10,), (30, 462, 232, 72), "Regularized translation",
           ("$G$, $D$: source images in", "the target's style"), top=18),
-    Block(9, (300, 462, 250, 72), "Regularized self-training",
+    Block((11,), (300, 462, 250, 72), "Regularized self-training",
           (r"pseudo labels $\hat{Y}_t$ where the map", "asks for them"), top=18),
-    Block(10, (606, 462, 268, 72), "Evaluation", ("one confusion matrix, IoU per class,", "mIoU, report"), top=18),
+    Block((12, 13), (606, 462, 268, 72), "Evaluation", ("one confusion matrix, IoU per class,", "mIoU, report"), top=18),
 )
 
 
@@ -75,11 +75,12 @@ def rounded(ax: Axes, box: tuple, lit: bool, fill: str | None = None, zorder: fl
     ax.add_patch(FancyBboxPatch((x, y), w, h, style, fc=face, ec=edge, lw=2.2 if lit else 1.0, zorder=zorder))
 
 
-def badge(ax: Axes, x: float, y: float, number: int, lit: bool) -> None:
-    "The notebook's number in a disc."
+def badge(ax: Axes, x: float, y: float, numbers: tuple, lit: bool) -> None:
+    "The notebooks' numbers in a disc."
     ax.add_patch(Circle((x, y), 11, fc="white" if lit else mix(SOFT, 0.9), ec=LIT_EDGE if lit else "white",
                         lw=1.8 if lit else 1.2, zorder=8))
-    write(ax, x, y + 0.3, f"{number:02d}", 10, weight="bold", color=LIT_EDGE if lit else "white", zorder=9)
+    text, size = (f"{numbers[0]:02d}", 10) if len(numbers) == 1 else (f"{numbers[0]}-{numbers[-1]}", 7.5)
+    write(ax, x, y + 0.3, text, size, weight="bold", color=LIT_EDGE if lit else "white", zorder=9)
 
 
 def draw_block(ax: Axes, block: Block, lit: bool) -> None:
@@ -89,7 +90,7 @@ def draw_block(ax: Axes, block: Block, lit: bool) -> None:
     for i, line in enumerate(block.lines):
         write(ax, x + w / 2, y + block.top + 18 + 15 * i, line, 10.5, color="white" if lit else SOFT)
     if block.badge:
-        badge(ax, x, y, block.number, lit)
+        badge(ax, x, y, block.numbers, lit)
 
 
 def route(ax: Axes, points: list, color: str, dashed: bool = False, wide: float = 1.9) -> None:
@@ -151,11 +152,11 @@ def consistency_maps() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def draw_frames(ax: Axes, lit: int | None) -> None:
     "The command line around run_mlan, run_mlan around the trainer, and the trainer around the method."
-    for number, inset, y, fills, (title, gap, text) in (
-            (13, 4, -24, ("#e6ebf0", "#dae1e9"), ("Command line", 118, "run, check, evaluate, predict, demo")),
-            (12, 9, 6, ("#eff2f6", "#e3e8ee"), ("run_mlan", 88, "stages, done once each")),
-            (11, 14, 36, ("#ffffff", "#eef1f5"), ("Trainer", 66, "settings, schedules, checkpoints"))):
-        w, h, on, depth = WIDTH - 2 * inset, HEIGHT - y - inset, lit == number, 0.4 - 0.02 * number
+    for numbers, inset, y, fills, (title, gap, text) in (
+            ((17,), 4, -24, ("#e6ebf0", "#dae1e9"), ("Command line", 118, "run, check, evaluate, predict, demo")),
+            ((15, 16), 9, 6, ("#eff2f6", "#e3e8ee"), ("run_mlan", 88, "stages, done once each")),
+            ((14,), 14, 36, ("#ffffff", "#eef1f5"), ("Trainer", 66, "settings, schedules, checkpoints"))):
+        w, h, on, depth = WIDTH - 2 * inset, HEIGHT - y - inset, lit in numbers, 0.4 - 0.02 * numbers[0]
         rounded(ax, (inset, y, w, h), False, fills[0], depth, radius=9)
         rounded(ax, (inset, y, w, 25), on, fills[1], depth + 0.01, radius=9)
         if on:
@@ -163,13 +164,13 @@ def draw_frames(ax: Axes, lit: int | None) -> None:
             ax.add_patch(around)
         write(ax, inset + 38, y + 12.5, title, 13, ha="left", weight="bold", color="white" if on else INK)
         write(ax, inset + 38 + gap, y + 13, text, 10.5, ha="left", color="white" if on else SOFT)
-        badge(ax, inset + 18, y + 12.5, number, on)
+        badge(ax, inset + 18, y + 12.5, numbers, on)
 
 
 def draw_flows(ax: Axes, lit: int | None) -> None:
     "Arrows: source in blue, target in amber, what the maps weigh in dashed grey."
-    s, t, a = SOURCE, TARGET, LIT if lit == 6 else ALIGN
-    b = LIT if lit == 7 else ALIGN
+    s, t, a = SOURCE, TARGET, LIT if lit == 8 else ALIGN
+    b = LIT if lit == 9 else ALIGN
     for points, color in (
             ([(146, 164), (180, 164)], s), ([(146, 318), (180, 318)], t),                            # data
             ([(221, 108), (221, 101), (300, 101)], s), ([(506, 101), (627, 101), (627, 146)], s),      # region labels
@@ -185,8 +186,8 @@ def draw_flows(ax: Axes, lit: int | None) -> None:
         route(ax, points, color)
     route(ax, [(700, 170), (762, 170)], t)
     route(ax, [(700, 304), (762, 304)], t)
-    route(ax, [(762, 190), (700, 282)], a, True, 2.4 if lit == 6 else 1.6)
-    route(ax, [(762, 278), (700, 200)], a, True, 2.4 if lit == 6 else 1.6)
+    route(ax, [(762, 190), (700, 282)], a, True, 2.4 if lit == 8 else 1.6)
+    route(ax, [(762, 278), (700, 200)], a, True, 2.4 if lit == 8 else 1.6)
     route(ax, [(818, 324), (818, 346)], b, True)
     route(ax, [(762, 400), (728, 400), (728, 442), (225, 442), (225, 462)], b, True)
     route(ax, [(500, 442), (500, 462)], b, True)
@@ -198,14 +199,14 @@ def draw_extractor(ax: Axes, on: bool) -> None:
                          ec=LIT_EDGE if on else PALE_EDGE, lw=2.2 if on else 1.0, zorder=3))
     write(ax, 332, 276, "$E$", 20, weight="bold", color="white" if on else INK)
     write(ax, 332, 300, "features", 10.5, color="white" if on else SOFT)
-    badge(ax, 302, 148, 3, on)
+    badge(ax, 302, 148, (5,), on)
     rounded(ax, (554, 360, 146, 42), on)
     write(ax, 627, 381, r"$L_\mathrm{seg}$: source labels", 10.5, color="white" if on else SOFT)
 
 
 def draw_pictures(ax: Axes, lit: int | None) -> None:
     "Small pictures inside the blocks: streets, labels and maps."
-    pale = {n: 1.0 if lit in (n, None) else 0.6 for n in (0, 6, 7)}
+    pale = {n: 1.0 if lit in (n, None) else 0.6 for n in (0, 8, 9)}
     photo, other = (("#9fc5ea", "#a4866b", "#5f9a55", "#6d7078", "#b6b1ab", "#c43c35"),
                     ("#c9c6bd", "#6d6157", "#4c5f46", "#47464a", "#7f7a74", "#5d6f8f"))
     street(ax, (36, 134, 50, 42), photo, pale[0])
@@ -219,17 +220,17 @@ def draw_pictures(ax: Axes, lit: int | None) -> None:
     write(ax, 88, 205, "$X_s,\\ Y_s$", 11.5, color="white" if lit == 0 else SOURCE)
     write(ax, 88, 359, "$X_t$", 11.5, color="white" if lit == 0 else TARGET)
     region, image, multi = consistency_maps()
-    heat_map(ax, (778, 172, 80, 40), region, pale[6])
-    heat_map(ax, (797, 240, 42, 42), image, pale[6])
-    heat_map(ax, (778, 372, 80, 38), multi, pale[7])
+    heat_map(ax, (778, 172, 80, 40), region, pale[8])
+    heat_map(ax, (797, 240, 42, 42), image, pale[8])
+    heat_map(ax, (778, 372, 80, 38), multi, pale[9])
 
 
 def draw_words(ax: Axes, lit: int | None) -> None:
     "Names of the maps and of some arrows, and what the colours mean."
-    write(ax, 818, 223, r"$M_\mathrm{region}$", 11.5, color="white" if lit == 6 else INK)
-    write(ax, 818, 296, r"$M_\mathrm{image}$", 11.5, color="white" if lit == 6 else INK)
+    write(ax, 818, 223, r"$M_\mathrm{region}$", 11.5, color="white" if lit == 8 else INK)
+    write(ax, 818, 296, r"$M_\mathrm{image}$", 11.5, color="white" if lit == 8 else INK)
     for y, text in ((420, r"$M_\mathrm{multi} =$"), (436, r"$M_\mathrm{region} \times M_\mathrm{image}$")):
-        write(ax, 818, y, text, 11, color="white" if lit == 7 else INK)
+        write(ax, 818, y, text, 11, color="white" if lit == 9 else INK)
     for x, color, dashed, text in ((250, SOURCE, False, "source flow"), (390, TARGET, False, "target flow"),
                                    (530, ALIGN, True, "a map weighs a loss")):
         route(ax, [(x, 558), (x + 32, 558)], color, dashed)
@@ -244,10 +245,10 @@ def draw(lit: int | None) -> Figure:
     draw_frames(ax, lit)
     draw_flows(ax, lit)
     for shift in (8, 4):
-        rounded(ax, (406 + shift, 146 - shift, 100, 90), lit == 3, zorder=2.8)
+        rounded(ax, (406 + shift, 146 - shift, 100, 90), lit == 5, zorder=2.8)
     for block in BLOCKS:
-        draw_block(ax, block, lit == block.number)
-    draw_extractor(ax, lit == 3)
+        draw_block(ax, block, lit in block.numbers)
+    draw_extractor(ax, lit == 5)
     draw_pictures(ax, lit)
     draw_words(ax, lit)
     return figure
@@ -275,7 +276,7 @@ def shrink(path: Path) -> None:
 def main(folder: str | None = None) -> None:
     here = Path(__file__).resolve().parent
     with matplotlib.rc_context(SETTINGS):
-        for lit in (None, *range(14)):
+        for lit in (None, *range(18)):
             name = "pipeline" if lit is None else f"pipeline_{lit:02d}"
             figure = draw(lit)
             figure.savefig(here / f"{name}.svg", facecolor="white", metadata={"Date": None, "Creator": None})
