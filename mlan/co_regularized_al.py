@@ -6,17 +6,17 @@
 __all__ = ['MAP_WEIGHTS', 'ABLATIONS', 'resize_map', 'region_consistency_map', 'image_consistency_map', 'map_weight',
            'regularized_entropy', 'regularized_image', 'Ablation', 'AlignmentSettings', 'Flow', 'CoRegularizedAL']
 
-# %% ../nbs/08_co_regularized_al.ipynb #46efc37e
+# %% ../nbs/08_co_regularized_al.ipynb #aefae728
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from .image_al import domain_loss, image_alignment_map
-from .networks import DomainClassifier, RegionClassifier, frozen, resize
+from .networks import DomainClassifier, RegionClassifier, frozen, over_processes, resize
 from .region_al import entropy_loss, region_entropy_map, region_logits, region_loss
 
-# %% ../nbs/08_co_regularized_al.ipynb #87212032
+# %% ../nbs/08_co_regularized_al.ipynb #b50e368c
 def resize_map(maps: Tensor,  # (B, u, v)
                grid: tuple,  # (I, J)
                ) -> Tensor:  # (B, I, J)
@@ -35,7 +35,7 @@ def image_consistency_map(target_logits: Tensor,  # (B, 1, U, V) from C_image
     "M_image (ILCM) of Eq. 7: 1 - log C(E(x_t))."
     return 1 + image_alignment_map(target_logits).detach()
 
-# %% ../nbs/08_co_regularized_al.ipynb #bfabbd7a
+# %% ../nbs/08_co_regularized_al.ipynb #eda3578f
 MAP_WEIGHTS = ("raw", "normalised", "shuffled")
 
 
@@ -47,13 +47,13 @@ def map_weight(maps: Tensor,  # (B, I, J), detached
         raise ValueError(f"map_weights must be one of {', '.join(MAP_WEIGHTS)}, not {variant!r}")
     if variant == "raw":
         return maps
-    maps = maps / maps.mean().clamp(min=1e-8)
+    maps = maps / over_processes(maps.mean()).clamp(min=1e-8)
     if variant == "normalised":
         return maps
     order = torch.rand(maps.flatten(1).shape, device=maps.device).argsort(1)
     return maps.flatten(1).gather(1, order).view_as(maps)
 
-# %% ../nbs/08_co_regularized_al.ipynb #5d7d074e
+# %% ../nbs/08_co_regularized_al.ipynb #a6335d8f
 def regularized_entropy(maps: list,  # per level (B, I, J), from `region_entropy_map`
                         image_map: Tensor | None,  # M_image (B, 3, 3), or None for Eq. 4
                         variant: str = "raw") -> Tensor:  # scalar
@@ -71,7 +71,7 @@ def regularized_image(alignment: Tensor,  # -log C(E(x_t)) (B, 3, 3), from `imag
         return alignment.mean()
     return (resize_map(alignment, region_map.shape[-2:]) * map_weight(region_map, variant)).mean()
 
-# %% ../nbs/08_co_regularized_al.ipynb #0af7654c
+# %% ../nbs/08_co_regularized_al.ipynb #ce6718aa
 @dataclass(frozen=True)
 class Ablation:
     "A row of Table 1: which terms of Eq. 10 reach E."
@@ -82,6 +82,10 @@ class Ablation:
     @property
     def needs_regions(self) -> bool:  # is C_region trained at all?
         return self.region or self.entropy != "none" or self.image == "regularized"
+
+    @property
+    def needs_target(self) -> bool:  # does the target play a part at all?
+        return self.entropy != "none" or self.image != "none"
 
     @property
     def needs_critic(self) -> bool:  # is C_image trained at all?
@@ -98,7 +102,7 @@ ABLATIONS = {
     "cr_al": Ablation(region=True, entropy="regularized", image="regularized"),
 }
 
-# %% ../nbs/08_co_regularized_al.ipynb #34c5c4d7
+# %% ../nbs/08_co_regularized_al.ipynb #455b5eae
 @dataclass(frozen=True)
 class AlignmentSettings:
     "Weights and readings of Eq. 10."
@@ -118,7 +122,7 @@ class Flow:
     grids: list  # per level (I, J), finest first
     regions: list | None = None  # source only: per level int64 (B, I, J), 255 = none
 
-# %% ../nbs/08_co_regularized_al.ipynb #c49e0726
+# %% ../nbs/08_co_regularized_al.ipynb #cf64ae85
 class _Classifiers(nn.Module):
     def __init__(self, ablation: Ablation,
                  channels: int,  # of E's features
@@ -148,7 +152,7 @@ class _Classifiers(nn.Module):
         region = region_consistency_map([region_entropy_map(level, lambda_r) for level in logits])
         return region, image_consistency_map(self.domain_classifier(target.features))
 
-# %% ../nbs/08_co_regularized_al.ipynb #d1e704de
+# %% ../nbs/08_co_regularized_al.ipynb #6907d693
 def _region_side(al, target, lambda_r):
     "Entropy maps a level (with gradient, reversed, where L_ent is played) and M_region; None where not needed."
     a = al.ablation
@@ -170,22 +174,26 @@ def _image_side(al, target):
         logits = al.domain_classifier(target.features)
         return image_alignment_map(logits), image_consistency_map(logits)
 
-# %% ../nbs/08_co_regularized_al.ipynb #e24d14a8
+# %% ../nbs/08_co_regularized_al.ipynb #36980535
 class CoRegularizedAL(_Classifiers):
     "C_region (three levels), C_image and the terms that they add to L_seg: Eq. 3 to 10 with the switches of Table 1."
 
-    def losses(self, source: Flow, target: Flow,
-               lambda_r: float,  # of Eq. 4, from `adaptive_weight`
-               ramp: float = 1.0,  # 0 to 1: warm-up factor of the two adversarial terms
-               ) -> dict:  # named scalar terms to add to L_seg
-        "What Eq. 10 adds to L_seg: Eq. 3, 4 or 8, and 6 or 9, weighted, with the signs that the reversal needs."
+    def source_losses(self, source: Flow) -> dict:  # {} or {"region": scalar}
+        "Eq. 3: C_region learns the source's relations; E with it where the ablation says so."
+        if not self.ablation.needs_regions:
+            return {}
+        features = source.features if self.ablation.region else source.features.detach()
+        logits = region_logits(self.region_classifiers, features, source.grids)
+        return {"region": self.settings.lambda_region * region_loss(logits, source.regions)}
+
+    def target_losses(self, target: Flow,
+                      lambda_r: float,  # of Eq. 4, from `adaptive_weight`
+                      ramp: float = 1.0,  # 0 to 1: warm-up factor of both terms
+                      ) -> dict:  # "entropy" and "image", as far as the ablation plays them
+        "Eq. 4 or 8, and 6 or 9 for E, weighted, with the signs that the reversal needs."
         terms, s, a = {}, self.settings, self.ablation
         entropy_maps, region_map = _region_side(self, target, lambda_r)
         alignment, image_map = _image_side(self, target)
-        if a.needs_regions:
-            features = source.features if a.region else source.features.detach()
-            logits = region_logits(self.region_classifiers, features, source.grids)
-            terms["region"] = s.lambda_region * region_loss(logits, source.regions)
         if a.entropy != "none":
             weight = image_map if a.entropy == "regularized" else None
             terms["entropy"] = -ramp * s.lambda_ent * regularized_entropy(entropy_maps, weight, s.map_weights)

@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['region_loss', 'adaptive_weight', 'region_entropy_map', 'region_logits', 'entropy_loss']
 
-# %% ../nbs/06_region_al.ipynb #4aa3b208
+# %% ../nbs/06_region_al.ipynb #6b302852
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .networks import reverse_gradient
+from .networks import labelled_count, reverse_gradient
 
-# %% ../nbs/06_region_al.ipynb #b5b1fa92
+# %% ../nbs/06_region_al.ipynb #b153f395
 def region_loss(logits: list,  # per level (B, N, I, J), before softmax
                 labels: list,  # per level int64 (B, I, J), a relation's number or 255 = none
                 ) -> Tensor:  # scalar
@@ -22,17 +22,17 @@ def region_loss(logits: list,  # per level (B, N, I, J), before softmax
     losses = []
     for level, truth in zip(logits, labels, strict=True):
         total = F.cross_entropy(level, truth, ignore_index=255, reduction="sum")
-        losses.append(total / (truth != 255).sum().clamp(min=1))
+        losses.append(total / labelled_count(truth))
     return torch.stack(losses).mean()
 
-# %% ../nbs/06_region_al.ipynb #318f2476
+# %% ../nbs/06_region_al.ipynb #52c1f9b8
 def adaptive_weight(step: int,  # iterations done
                     max_steps: int,  # max_iter
                     power: float = 0.9) -> float:  # 1 at the start, 0 at the end
     "lambda_R of Eq. 4: (1 - iter / max_iter) ** power."
     return (1 - min(step, max_steps) / max_steps) ** power
 
-# %% ../nbs/06_region_al.ipynb #43d15696
+# %% ../nbs/06_region_al.ipynb #3ef7c8f6
 def region_entropy_map(logits: Tensor,  # (B, N, I, J), before softmax
                        lambda_r: float,  # in [0, 1], from `adaptive_weight`
                        reading: str = "entropy",  # R4: "entropy", or "literal" for Eq. 4 as printed
@@ -48,7 +48,7 @@ def region_entropy_map(logits: Tensor,  # (B, N, I, J), before softmax
     entropy = -p_log_p.sum(1) / math.log(logits.shape[1])
     return F.relu(entropy - lambda_r * entropy.mean((1, 2), keepdim=True).detach())
 
-# %% ../nbs/06_region_al.ipynb #bd06ce18
+# %% ../nbs/06_region_al.ipynb #ce73c8e4
 def region_logits(classifiers: list,  # three RegionClassifier, fine to coarse
                   features: Tensor,  # (B, channels, h, w)
                   grids: list,  # per level (I, J)

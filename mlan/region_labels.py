@@ -4,23 +4,30 @@
 
 # %% auto #0
 __all__ = ['DESCRIPTORS', 'region_grid', 'stretch', 'patch_hog', 'class_histogram', 'describe_patches', 'RegionSettings',
-           'Vocabulary', 'fit_vocabulary', 'assign', 'region_labels', 'fit_vocabularies', 'label_dataset',
-           'relation_name', 'save_regions', 'load_regions']
+           'Vocabulary', 'fit_vocabulary', 'assign', 'region_labels', 'sample_patches', 'fit_vocabularies',
+           'RegionLabeller', 'label_dataset', 'relation_name', 'save_regions', 'load_regions']
 
-# %% ../nbs/04_region_labels.ipynb #f68ba6e0
+# %% ../nbs/04_region_labels.ipynb #9b7a98e1
 import os
-from dataclasses import asdict, dataclass
+import socket
+import tempfile
+from collections.abc import Callable
+from contextlib import nullcontext
+from copy import deepcopy
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from zipfile import BadZipFile
+from zlib import error as ZlibError
 
+import joblib
 import numpy as np
-from joblib import Parallel, delayed
-from skimage.feature import hog
+from joblib import Parallel, delayed, effective_n_jobs
+from scipy.spatial import KDTree
 from sklearn.cluster import DBSCAN
-from sklearn.neighbors import KDTree
 
 from .streets import CITYSCAPES_CLASSES, CITYSCAPES_COLORS, IGNORE
 
-# %% ../nbs/04_region_labels.ipynb #95557cfb
+# %% ../nbs/04_region_labels.ipynb #7cafa5a5
 def region_grid(size: tuple,  # (H, W) of the label map
                 patch: int,  # s, pixels
                 ) -> tuple:  # (I, J)
@@ -31,21 +38,44 @@ def region_grid(size: tuple,  # (H, W) of the label map
 def stretch(labels: np.ndarray,  # (H, W) class ids
             patch: int) -> np.ndarray:  # (I s, J s)
     "Nearest-pixel resize to a whole number of patches; class ids are never mixed."
-    rows, cols = ((np.arange(n * patch) + 0.5) * size / (n * patch)
+    rows, cols = (((np.arange(n * patch) + 0.5) * size / (n * patch)).astype(int)
                   for n, size in zip(region_grid(labels.shape, patch), labels.shape))
-    return labels[rows.astype(int)[:, None], cols.astype(int)]
+    return labels[rows][:, cols]
 
-# %% ../nbs/04_region_labels.ipynb #aef11a30
+# %% ../nbs/04_region_labels.ipynb #933fa1d6
+def _gradients(labels: np.ndarray,  # (H, W)
+               colors: np.ndarray) -> tuple:  # rows, columns, vertical and horizontal gradients, each (M,)
+    "Central differences of the colour-coded map where they can differ from zero; the channel that changes most speaks."
+    changed = np.zeros(labels.shape, bool)
+    changed[1:-1] |= labels[2:] != labels[:-2]
+    changed[:, 1:-1] |= labels[:, 2:] != labels[:, :-2]
+    y, x = np.nonzero(changed)
+    dy, dx = ((at > 0) & (at < n - 1) for at, n in zip((y, x), labels.shape))  # zero on the map's rim
+    down = colors[labels[y + dy, x]] - colors[labels[y - dy, x]]
+    right = colors[labels[y, x + dx]] - colors[labels[y, x - dx]]
+    channel = np.arange(len(y)), np.hypot(down, right).argmax(1)
+    return y, x, down[channel], right[channel]
+
+# %% ../nbs/04_region_labels.ipynb #5a31af47
 def patch_hog(labels: np.ndarray,  # (H, W) class ids, 255 = ignored (black)
               patch: int,  # s, an even number of pixels
               colors: np.ndarray = CITYSCAPES_COLORS,  # (C, 3)
               ) -> np.ndarray:  # (I J, 36)
     "Histogram of oriented gradients of the colour-coded label map, one row a patch (2 x 2 cells, 9 orientations)."
+    (I, J), half = region_grid(labels.shape, patch), patch // 2
     colors = np.vstack([colors, np.zeros((256 - len(colors), 3))]) / 255
-    blocks = hog(colors[stretch(labels, patch)], 9, (patch // 2, patch // 2), (2, 2), feature_vector=False, channel_axis=-1)
-    return blocks[::2, ::2].reshape(-1, 36)
+    y, x, down, right = _gradients(stretch(labels, patch), colors)
+    orientation = (np.rad2deg(np.arctan2(down, right)) % 180 // 20).astype(int)
+    cell = y // half * 2 * J + x // half
+    sums = np.bincount(cell * 9 + orientation, np.hypot(down, right), 36 * I * J) / half ** 2
+    blocks = sums.reshape(I, 2, J, 2, 9).swapaxes(1, 2).reshape(I * J, 36)
+    blocks = np.minimum(blocks / _length(blocks), 0.2)
+    return blocks / _length(blocks)
 
-# %% ../nbs/04_region_labels.ipynb #3df73398
+
+def _length(rows): return np.sqrt((rows ** 2).sum(1, keepdims=True) + 1e-10)
+
+# %% ../nbs/04_region_labels.ipynb #1e38385d
 DESCRIPTORS = ("hog", "hog+classes")
 
 
@@ -53,8 +83,9 @@ def class_histogram(labels: np.ndarray,  # (H, W) class ids below n_classes, or 
                     patch: int, n_classes: int) -> np.ndarray:  # (I J, n_classes), rows sum to 1, or 0 if all is ignored
     "The share of each class in each patch, ignored pixels left out."
     I, J = region_grid(labels.shape, patch)
-    tiles = stretch(labels, patch).reshape(I, patch, J, patch).swapaxes(1, 2).reshape(I * J, -1)
-    counts = np.stack([(tiles == c).sum(1) for c in range(n_classes)], 1)
+    tile = np.arange(I).repeat(patch)[:, None] * J + np.arange(J).repeat(patch)
+    counts = np.bincount((tile * 256 + stretch(labels, patch)).ravel(), minlength=I * J * 256)
+    counts = counts.reshape(I * J, 256)[:, :n_classes]
     return counts / np.maximum(counts.sum(1, keepdims=True), 1)
 
 
@@ -64,12 +95,13 @@ def describe_patches(labels: np.ndarray, patch: int,
     "One row a patch: its HOG, and with 'hog+classes' its class histogram beside it."
     if descriptor not in DESCRIPTORS:
         raise ValueError(f"descriptor must be one of {', '.join(DESCRIPTORS)}, not {descriptor!r}")
+    labels = stretch(labels, patch)  # once for both
     parts = [patch_hog(labels, patch, colors)]
     if descriptor == "hog+classes":
         parts.append(class_histogram(labels, patch, len(colors)))
     return np.hstack(parts).astype(np.float32)
 
-# %% ../nbs/04_region_labels.ipynb #79e72a33
+# %% ../nbs/04_region_labels.ipynb #fadd651a
 @dataclass(frozen=True)
 class RegionSettings:
     "How the vocabulary of context-relations is made."
@@ -94,7 +126,7 @@ class Vocabulary:
     def n(self) -> int:
         return int(self.numbers.max()) + 1
 
-# %% ../nbs/04_region_labels.ipynb #135d5c98
+# %% ../nbs/04_region_labels.ipynb #fa56c8f4
 def _cluster(points, counts, distances, eps, min_samples):
     "DBSCAN at one eps: (labels, core mask), noise = -1."
     fit = DBSCAN(eps=eps, min_samples=min_samples, metric="precomputed").fit(distances, sample_weight=counts)
@@ -102,7 +134,7 @@ def _cluster(points, counts, distances, eps, min_samples):
     core[fit.core_sample_indices_] = True
     return fit.labels_, core
 
-# %% ../nbs/04_region_labels.ipynb #458aa05b
+# %% ../nbs/04_region_labels.ipynb #515c9330
 def fit_vocabulary(descriptors: np.ndarray,  # (M, D) of sampled patches
                    patch: int, settings: RegionSettings = RegionSettings()) -> Vocabulary:
     "Search eps so that DBSCAN finds about N clusters; keep the N largest."
@@ -125,7 +157,7 @@ def fit_vocabulary(descriptors: np.ndarray,  # (M, D) of sampled patches
     kept[kept] = rank[labels[kept]] < settings.n_relations
     return Vocabulary(patch, float(eps), points[kept], rank[labels[kept]].astype(np.uint8), float(1 - share))
 
-# %% ../nbs/04_region_labels.ipynb #f499127a
+# %% ../nbs/04_region_labels.ipynb #66cdc473
 def _squared_distances(points):
     norms = (points.astype(np.float64) ** 2).sum(1)
     return norms[:, None] + norms - 2 * points.astype(np.float64) @ points.T.astype(np.float64)
@@ -138,15 +170,12 @@ def _candidate_radii(distances, counts, min_samples):
     radius = np.take_along_axis(distances, order, 1)[np.arange(len(distances)), reached.argmax(1)]
     return np.unique(np.maximum(np.quantile(radius, np.linspace(0.1, 0.9, 9)), 1e-3))
 
-# %% ../nbs/04_region_labels.ipynb #13944c58
+# %% ../nbs/04_region_labels.ipynb #74d68264
 def assign(descriptors: np.ndarray,  # (M, D)
            vocabulary: Vocabulary) -> np.ndarray:  # uint8 (M,), relation or 255
     "Nearest core sample's relation within eps, else 255; each patch by itself, so pieces equal the whole."
-    points, inverse = np.unique(descriptors, axis=0, return_inverse=True)
-    distance, nearest = KDTree(vocabulary.cores).query(points)
-    numbers = vocabulary.numbers[nearest[:, 0]]
-    numbers[distance[:, 0] > vocabulary.eps] = IGNORE
-    return numbers[inverse.reshape(-1)]
+    _, nearest = KDTree(vocabulary.cores).query(descriptors, distance_upper_bound=np.nextafter(vocabulary.eps, np.inf))
+    return np.append(vocabulary.numbers, np.uint8(IGNORE))[nearest]  # the tree answers K where none is near
 
 
 def region_labels(labels: np.ndarray,  # (H, W) class ids
@@ -156,55 +185,106 @@ def region_labels(labels: np.ndarray,  # (H, W) class ids
     found = assign(describe_patches(labels, vocabulary.patch, settings.descriptor, colors), vocabulary)
     return found.reshape(region_grid(labels.shape, vocabulary.patch))
 
-# %% ../nbs/04_region_labels.ipynb #bb00ac07
-def fit_vocabularies(label_map,  # function i -> (H, W) class ids
+# %% ../nbs/04_region_labels.ipynb #d128ba24
+def sample_patches(label_map: Callable,  # i -> (H, W) class ids
+                   n: int,  # how many maps there are
+                   settings: RegionSettings, colors: np.ndarray = CITYSCAPES_COLORS) -> list:  # per level (<= sample, D)
+    "Descriptors of a bounded random sample of patches at each level, each map read once."
+    rng, rows = np.random.default_rng(settings.seed), [[] for _ in settings.patches]
+    for i in rng.permutation(n):
+        hungry = [k for k, seen in enumerate(rows) if sum(map(len, seen)) < 4 * settings.sample]
+        if not hungry: break
+        labels = label_map(i)
+        for k in hungry: rows[k].append(describe_patches(labels, settings.patches[k], settings.descriptor, colors))
+    rows = [np.vstack(seen) for seen in rows]
+    return [seen[deepcopy(rng).permutation(len(seen))[: settings.sample]] for seen in rows]
+
+
+def fit_vocabularies(label_map: Callable,  # i -> (H, W) class ids
                      n: int,  # how many maps there are
                      settings: RegionSettings = RegionSettings(),
                      colors: np.ndarray = CITYSCAPES_COLORS) -> list:  # three Vocabulary, finest first
     "One vocabulary a region level, from at most `sample` patches of randomly chosen maps."
-    vocabularies = []
-    for patch in settings.patches:
-        rng, rows, count = np.random.default_rng(settings.seed), [], 0
-        for i in rng.permutation(n):
-            rows.append(describe_patches(label_map(i), patch, settings.descriptor, colors))
-            count += len(rows[-1])
-            if count >= 4 * settings.sample:
-                break
-        rows = np.vstack(rows)
-        chosen = rng.permutation(len(rows))[: settings.sample]
-        vocabularies.append(fit_vocabulary(rows[chosen], patch, settings))
-    return vocabularies
+    sampled = sample_patches(label_map, n, settings, colors)
+    return [fit_vocabulary(rows, patch, settings) for rows, patch in zip(sampled, settings.patches)]
+
+# %% ../nbs/04_region_labels.ipynb #0c7eb3ea
+@dataclass(frozen=True)
+class RegionLabeller:
+    "Region labels of one label map at all levels."
+    vocabularies: list  # of Vocabulary, finest level first
+    settings: RegionSettings = RegionSettings()
+    colors: np.ndarray = field(default_factory=CITYSCAPES_COLORS.copy)  # (C, 3)
+
+    def __call__(self, labels: np.ndarray) -> list:  # per level uint8 (I, J)
+        return [region_labels(labels, v, self.settings, self.colors) for v in self.vocabularies]
+
+# %% ../nbs/04_region_labels.ipynb #500eade8
+def _write_arrays(path: Path, arrays: dict):
+    "One .npz file, whole or not at all, whoever else writes it."
+    part = Path(f"{path}.{socket.gethostname()}.{os.getpid()}.part")
+    with part.open("wb") as f:
+        np.savez_compressed(f, **arrays)
+    part.replace(path)
 
 
-def label_dataset(label_map, n: int, vocabularies: list, settings: RegionSettings,
-                  colors: np.ndarray = CITYSCAPES_COLORS,
-                  jobs: int = 1,  # processes
-                  ) -> list:  # per level uint8 (n, I, J)
-    "Region labels of n maps of one size at all levels."
-    work = Parallel(n_jobs=jobs)(delayed(_label_map)(label_map, i, vocabularies, settings, colors) for i in range(n))
-    return [np.stack(level) for level in zip(*work)]
+def _chunk_path(folder: Path, span: tuple) -> Path:
+    return folder / "{:06}-{:06}.npz".format(*span)
 
 
-def _label_map(label_map, i, vocabularies, settings, colors):
-    return [region_labels(label_map(i), v, settings, colors) for v in vocabularies]
+def _read_chunk(folder: Path, span: tuple) -> list | None:  # per level uint8 (B, I, J)
+    "A chunk's labels, or None where it is not there or broken."
+    try:
+        with np.load(_chunk_path(folder, span), allow_pickle=False) as f:
+            levels = [f[f"labels_{i}"] for i in range(len(f.files))]
+    except (OSError, ValueError, EOFError, KeyError, BadZipFile, ZlibError):
+        return None
+    return levels if all(len(level) == span[1] - span[0] for level in levels) else None
 
-# %% ../nbs/04_region_labels.ipynb #edfd70bd
+# %% ../nbs/04_region_labels.ipynb #19dfffb7
+def _label_chunks(label_map, labeller, folder, spans, shape):
+    "Label and keep some chunks; the work of one process."
+    for span in spans:
+        rows = []
+        for i in range(*span):
+            labels = label_map(i)
+            if labels.shape != shape:
+                raise ValueError(f"label map {i} is {labels.shape}, map 0 is {shape}: resize all maps to one size")
+            rows.append(labeller(labels))
+        _write_arrays(_chunk_path(folder, span), {f"labels_{k}": np.stack(level) for k, level in enumerate(zip(*rows))})
+
+# %% ../nbs/04_region_labels.ipynb #0c6f2981
+def label_dataset(label_map: Callable,  # i -> (H, W) uint8 class ids, all of one size; must pickle if jobs != 1
+                  n: int,  # how many maps there are
+                  labeller: RegionLabeller,
+                  jobs: int = 1,  # processes; -1: all cores, or those of a joblib backend (Dask, Ray)
+                  folder: str | Path | None = None,  # one data set's: finished chunks are kept there; None: nowhere
+                  chunk: int = 64) -> list:  # per level uint8 (n, I, J)
+    "Region labels of n maps at all levels; a call that was cut off goes on with the chunks that are there."
+    spans = [(first, min(first + chunk, n)) for first in range(0, n, chunk)]
+    with tempfile.TemporaryDirectory() if folder is None else nullcontext(folder) as place:
+        place = Path(place) / f"chunks-{joblib.hash(labeller)[:12]}"
+        place.mkdir(parents=True, exist_ok=True)
+        missing = [span for span in spans if _read_chunk(place, span) is None]
+        tasks = min(len(missing), 4 * effective_n_jobs(jobs))
+        shape = label_map(0).shape
+        Parallel(jobs)(delayed(_label_chunks)(label_map, labeller, place, missing[k::tasks], shape) for k in range(tasks))
+        return [np.concatenate(level) for level in zip(*(_read_chunk(place, span) for span in spans))]
+
+# %% ../nbs/04_region_labels.ipynb #21cd202b
 def relation_name(histogram: np.ndarray,  # (n_classes,) mean class share in a relation's patches
                   classes: tuple = CITYSCAPES_CLASSES) -> str:
     "A relation by its classes with at least a tenth of the area, largest first: 'road-sidewalk'."
     order = [c for c in np.argsort(-histogram, kind="stable") if histogram[c] >= 0.1]
     return "-".join(classes[c] for c in order) or "mixed"
 
-# %% ../nbs/04_region_labels.ipynb #d84b73a0
+# %% ../nbs/04_region_labels.ipynb #e0350cb6
 def save_regions(path, vocabularies: list, labels: list):
     "Write vocabularies and region labels (per level) to one .npz file, never half of it."
     arrays = {f"labels_{i}": level for i, level in enumerate(labels)}
     for i, v in enumerate(vocabularies):
         arrays.update({f"{k}_{i}": np.asarray(x) for k, x in asdict(v).items()})
-    part = Path(f"{path}.{os.getpid()}.part")
-    with part.open("wb") as f:
-        np.savez_compressed(f, **arrays)
-    part.replace(path)
+    _write_arrays(path, arrays)
 
 
 def load_regions(path) -> tuple:  # vocabularies, labels

@@ -10,8 +10,10 @@ from pathlib import Path
 import torch
 from make_tables import HERE, records
 
-from mlan.datasets import Samples, label_table, open_dataset
+from mlan.datasets import open_dataset
 from mlan.evaluation import evaluate
+from mlan.label_spaces import label_table
+from mlan.samples import Samples
 from mlan.train import in_order, load_segmenter
 
 

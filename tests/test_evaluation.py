@@ -1,22 +1,18 @@
-"Evaluation against oracles that others wrote, degenerate sets, native sizes, and the report as a file."
-import html.parser
+"Evaluation against oracles that others wrote, degenerate sets, native sizes."
 import json
 import math
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from sklearn.metrics import confusion_matrix as sklearn_matrix
 from sklearn.metrics import jaccard_score
 from torchmetrics.classification import MulticlassJaccardIndex
 
-from mlan.evaluation import (SYNTHIA_13, PictureRow, Report, Scores, changes, class_iou, colorize, comparison_table,
-                             confusion_matrix, evaluate, mean_iou, predict_labels, report_html, write_report)
+from mlan.evaluation import (SYNTHIA_13, Scores, class_iou, confusion_matrix, evaluate, mean_iou, predict_labels)
 
 IGNORE = 255
 NAMES = ("road", "sidewalk", "building", "wall", "sky")
-COLORS = np.array([(128, 64, 128), (244, 35, 232), (70, 70, 70), (102, 102, 156), (70, 130, 180)], np.uint8)
 
 
 def random_maps(seed, n_classes, true=None, predicted=None, ignored=.2):
@@ -71,7 +67,7 @@ def test_all_ignored_has_no_score():
     scores = Scores(confusion_matrix(torch.zeros(4, 4), torch.full((4, 4), IGNORE), 5), NAMES)
     assert scores.matrix.sum() == 0 and math.isnan(scores.miou)
     assert set(scores.per_class.values()) == {None} and json.loads(json.dumps(scores.record()))["miou"] is None
-    assert "-" in repr(scores) and "-" in scores._repr_markdown_() and "MLAN" in comparison_table({"mlan": scores})
+    assert "-" in repr(scores) and "-" in scores._repr_markdown_()
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int64])
@@ -186,94 +182,3 @@ def test_same_matrix_on_a_gpu():
     torch.testing.assert_close(there.cpu(), confusion_matrix(prediction, labels, 19))
     on_gpu = evaluate(lambda x: reader(x.cpu()).cuda(), Set(SIZES), LUT, NAMES, (64, 128), device="cuda")
     torch.testing.assert_close(on_gpu.matrix, evaluate(reader, Set(SIZES), LUT, NAMES, (64, 128)).matrix)
-
-
-def example_scores(seed):
-    return Scores(confusion_matrix(*random_maps(seed, 5), 5), NAMES)
-
-
-def example_picture(name, truth=True):
-    data = Set([(32, 64)])
-    labels = data.maps[0]
-    maps = {"M_region": torch.rand(4, 8), "M_image": torch.rand(3, 3) + 1, "M_multi": torch.rand(4, 8)}
-    predictions = {"source_only": labels * 0, "mlan": torch.tensor(labels)}
-    return PictureRow(name, data.image(0), labels if truth else None, predictions, maps)
-
-
-CURVES = {m: [{"step": s, "loss/seg": 1 / (s + 1), **({"miou_val": 30. + s} if s % 10 == 0 else {})} for s in range(40)]
-          for m in ("source_only", "mlan")}
-
-
-class Page(html.parser.HTMLParser):
-    "Collects tags, addresses and text."
-    def __init__(self, page):
-        super().__init__()
-        self.tags, self.links, self.text = [], [], ""
-        self.feed(page)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.links += [v for k, v in attrs if k in ("src", "href")]
-
-    def handle_data(self, data):
-        self.text += data
-
-
-def test_report_is_one_file_with_pictures_beside_it(tmp_path):
-    scores = {m: example_scores(i) for i, m in enumerate(("source_only", "cr_al", "mlan", "oracle"))}
-    settings = {"size": (64, 128), "note": "<&>"}
-    pictures = [example_picture("example 1"), example_picture("../example/2")]
-    path = write_report(tmp_path / "run/report.html", "example <run>", settings, scores, CURVES, pictures,
-                        ["5 < 6 & more"], NAMES, COLORS)
-    page = Page(path.read_text(encoding="utf-8"))
-    assert {p.name for p in (path.parent / "pictures").iterdir()} == {"curves.png", "example_1.png", "example_2.png"}
-    assert [p.name for p in tmp_path.iterdir()] == ["run"]
-    assert len(page.links) == 3 and all(link.startswith("data:image/png;base64,") for link in page.links)
-    assert not {"script", "link", "iframe", "run"} & set(page.tags)
-    assert all(text in page.text for text in ("example <run>", "<&>", "5 < 6 & more", "(64, 128)"))
-    for m in scores.values():
-        assert all(f"{v:.1f}" in page.text for v in (m.miou, *m.per_class.values()))
-    assert Image.open(path.parent / "pictures/example_1.png").size[0] > 800
-
-
-def test_report_from_records_equals_report_from_scores():
-    scores = {m: example_scores(i) for i, m in enumerate(("source_only", "mlan"))}
-    records = json.loads(json.dumps({m: s.record() for m, s in scores.items()}))
-    assert report_html(Report("example", scores=scores)) == report_html(Report("example", scores=records))
-
-
-def test_report_of_one_method_and_of_a_target_without_labels(tmp_path):
-    one = write_report(tmp_path / "one.html", title="example", scores={"mlan": example_scores(0)}).read_text("utf-8")
-    assert "MLAN reaches" in one and "source only" not in one and "class=best" not in one and "Pictures" not in one
-    pictures = [example_picture("example", truth=False)]
-    bare = write_report(tmp_path / "bare.html", "example", pictures=pictures).read_text("utf-8")
-    assert "has no labels" in bare and "<h2>Scores" not in bare and bare.count("<img") == 1
-    with pytest.raises(TypeError, match="picture"):
-        write_report(tmp_path / "no.html", "example", picture=[])
-
-
-def test_report_is_the_same_twice(tmp_path):
-    row = example_picture("example")
-    one, two = (write_report(tmp_path / n / "r.html", "example", curves=CURVES, pictures=[row]) for n in "ab")
-    assert one.read_bytes() == two.read_bytes()
-
-
-def test_table_marks_the_best_and_fits():
-    names = [f"class number {i}" for i in range(19)]
-    mious = {"source_only": 10., "regularized_rl_al": 12., "mlan": 11.96, "oracle": 60.}
-    per_class = {m: {c: v if i else None for i, c in enumerate(names)} for m, v in mious.items()}
-    table = comparison_table({m: {"miou": v, "per_class": per_class[m]} for m, v in mious.items()})
-    blocks = table.split("\n\n")
-    assert len(blocks) == 2 and all(len(line) <= 120 for line in table.splitlines())
-    rows = {line[:18].strip(): line for line in blocks[0].splitlines()}
-    assert "12.0*" in rows["regularized RL-AL"] and "12.0*" in rows["MLAN"]
-    assert "*" not in rows["oracle"] + rows["source only"]
-    heads = " ".join(line for block in blocks for line in block.splitlines()[:1]).split()
-    assert len(heads) == len(set(heads)) == 20
-
-
-def test_colors():
-    labels = np.array([[0, 4], [IGNORE, 1]], np.uint8)
-    assert colorize(labels, COLORS).tolist() == [[[128, 64, 128], [70, 130, 180]], [[0, 0, 0], [244, 35, 232]]]
-    same = changes(labels, labels, labels)
-    assert same[0].min() == 255 and same[1, 0].max() == 0

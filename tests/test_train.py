@@ -12,9 +12,11 @@ import torch
 from PIL import Image
 
 from mlan.command_line import main
-from mlan.datasets import DataError
-from mlan.train import PairData, Run, load_pictures, load_segmenter, open_pair, report_runs, run_mlan, walk
-from mlan.trainer import PLANS, TrainingError, make_settings
+from mlan.label_spaces import DataError
+from mlan.stages import PairData, Run, open_pair, walk
+from mlan.train import load_pictures, load_segmenter, report_runs, run_mlan
+from mlan.settings import PLANS, make_settings
+from mlan.trainer import TrainingError
 
 FEW = dict(size=(32, 64), target_size=(32, 64), n_source=40, n_target=16, n_val=4, n_test=4, min_samples=3, warmup_steps=6, steps=6,
            schedule_steps=6, ramp_steps=2, critic_width=4, batch_size=3, translation_steps=3, translation_width=4, translation_batch=2,
@@ -65,31 +67,70 @@ def test_a_setting_that_matters_makes_a_new_stage(setting, stage, tmp_path):
     assert keys[0] != keys[1]
 
 
-@pytest.mark.parametrize("method", ["mlan"])
-def test_killed_run_ends_as_the_uninterrupted_one(method, tmp_path):
-    settings = {**FEW, "warmup_steps": 40, "steps": 40, "schedule_steps": 40}
-    code = (f"import torch; torch.set_num_threads({torch.get_num_threads()}); from mlan.train import run_mlan; "
-            f"run_mlan(*{PAIR}, {method!r}, out=r'{tmp_path / 'killed'}', progress=False, **{settings})")
-    whole = run_mlan(*PAIR, method, out=tmp_path / "whole", progress=False, **settings)
-    for wait in (8, 10):
-        process = subprocess.Popen([sys.executable, "-c", code])
-        time.sleep(wait)
+def weights_of(folder):
+    return torch.load(folder / "checkpoint.pt", weights_only=True)["segmenter"]
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_run_killed_at_random_times_ends_as_the_undisturbed_one(kills, tmp_path):
+    settings = {**FEW, "warmup_steps": 12, "steps": 12, "schedule_steps": 12, "map_weights": "shuffled"}
+    code = (f"import torch; torch.set_num_threads({torch.get_num_threads()}); from mlan.train import run_mlan; print('go', flush=True); "
+            f"run_mlan(*{PAIR}, 'mlan', out=r'{tmp_path / 'killed'}', progress=False, **{settings})")
+    began = time.time()
+    whole = run_mlan(*PAIR, "mlan", out=tmp_path / "whole", progress=False, **settings)
+    usual, done = time.time() - began, []
+    random = np.random.default_rng()
+    for kill in range(kills):
+        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        process.stdout.readline()                                 # imports are done, the run begins
+        time.sleep(random.uniform(0, 1.5 * usual / kills))       # each kill leaves a little more behind, on average
         process.send_signal(signal.SIGKILL)
         process.wait()
+        done.append(len([p for p in (tmp_path / "killed").rglob("*") if p.suffix in (".pt", ".npz")]))
     subprocess.run([sys.executable, "-c", code], check=True)
     record = json.loads((tmp_path / "killed" / "result.json").read_text())
-    assert record["matrix"] == whole.record["matrix"]
-    states = [torch.load(tmp_path / k / "checkpoint.pt", weights_only=True)["segmenter"] for k in ("killed", "whole")]
-    assert all(torch.equal(a, b) for a, b in zip(*(s.values() for s in states)))
+    assert record["matrix"] == whole.record["matrix"], done
+    killed, undisturbed = (weights_of(tmp_path / k) for k in ("killed", "whole"))
+    assert all(torch.equal(killed[name], undisturbed[name]) for name in undisturbed), done
+    assert not [p for p in (tmp_path / "killed").rglob("*.part")]
+
+
+@pytest.mark.parametrize("tear", [lambda b: b[:len(b) // 2], lambda b: b"", lambda b: b[:4000] + bytes([b[4000] ^ 1]) + b[4001:],
+                                  lambda b: b"not a checkpoint"])
+def test_a_torn_checkpoint_is_named_and_the_one_before_it_used(tear, tmp_path, monkeypatch):
+    import mlan.stages
+    settings = make_settings(*PAIR, "cr_al", **{**FEW, "steps": 8, "schedule_steps": 8, "map_weights": "shuffled"})
+    data, calls = open_pair(settings), []
+    whole = walk(Run(settings, data, tmp_path / "a"))
+    step = mlan.stages.SegmentationStep.__call__
+
+    def stops(self, i):
+        if self.alignment and i == 7 and 7 not in calls:
+            calls.append(i)
+            raise KeyboardInterrupt
+        if self.alignment:
+            calls.append(i)
+        return step(self, i)
+
+    monkeypatch.setattr(mlan.stages.SegmentationStep, "__call__", stops)
+    with pytest.raises(KeyboardInterrupt):
+        walk(Run(settings, data, tmp_path / "b"))
+    newer, = (tmp_path / "b").glob("align-*.partial.pt")
+    newer.write_bytes(tear(newer.read_bytes()))
+    del calls[:-1]
+    with pytest.warns(UserWarning, match=f"{newer.name} cannot be used"):
+        again = walk(Run(settings, data, tmp_path / "b"))
+    assert calls == [7, 4, 5, 6, 7]                               # from step 4's checkpoint, not from step 6's
+    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), again.state_dict().values()))
 
 
 def test_interrupted_inside_a_stage_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
     settings = make_settings(*PAIR, "cr_al", **{**FEW, "steps": 8, "schedule_steps": 8, "map_weights": "shuffled"})
     data = open_pair(settings)
     whole = walk(Run(settings, data, tmp_path / "a"))
-    import mlan.train
+    import mlan.stages
     calls, stopped = [], []
-    step = mlan.train.SegmentationStep.__call__
+    step = mlan.stages.SegmentationStep.__call__
 
     def stops(self, i):
         calls.append(i)
@@ -98,7 +139,7 @@ def test_interrupted_inside_a_stage_goes_on_from_its_checkpoint(tmp_path, monkey
             raise KeyboardInterrupt
         return step(self, i)
 
-    monkeypatch.setattr(mlan.train.SegmentationStep, "__call__", stops)
+    monkeypatch.setattr(mlan.stages.SegmentationStep, "__call__", stops)
     with pytest.raises(KeyboardInterrupt):
         walk(Run(settings, data, tmp_path / "b"))
     assert list((tmp_path / "b").glob("align-*.partial.pt"))

@@ -1,0 +1,98 @@
+"""The paper's profile, method by method and backbone by backbone: three steps on small trees in the official layouts."""
+import json
+
+import pytest
+import torch
+import torchvision
+from trees import write_cityscapes, write_gta5, write_synthia
+
+from mlan.command_line import main
+from mlan.dry_run import dry_run, segmentation_step, step_cost
+from mlan.settings import PLANS, PROFILES, Settings, make_settings
+from mlan.train import load_segmenter, run_mlan
+
+# what is made small: images, steps, and what so few patches ask of DBSCAN. All else is the paper's.
+SMALL = dict(size=(72, 128), target_size=(64, 128), patches=(8, 16, 32), min_samples=2, region_sample=500, steps=3, translation_steps=3,
+             self_training_steps=3, portions=(0.2, 0.25, 0.3), weights="none", device="cpu", log_every=1, workers=0)
+
+
+@pytest.fixture(scope="module")
+def trees(tmp_path_factory):
+    root = tmp_path_factory.mktemp("trees")
+    write_gta5(root / "gta5", range(1, 7), size=(105, 191))
+    write_synthia(root / "synthia", 5)
+    write_cityscapes(root / "cityscapes", {"train/aachen": 4, "train/jena": 1, "val/lindau": 2})
+    return {name: f"{name}:{root / name}" for name in ("gta5", "synthia", "cityscapes")}
+
+
+@pytest.fixture(scope="module")
+def resnet101(tmp_path_factory):
+    "Random weights as a file, with BatchNorm that has seen images and blocks that begin as identities: frozen and deep, others explode."
+    torch.manual_seed(0)
+    net, path = torchvision.models.resnet101(zero_init_residual=True), tmp_path_factory.mktemp("weights") / "resnet101.pth"
+    for layer in net.modules():
+        if isinstance(layer, torch.nn.BatchNorm2d):
+            layer.momentum = 1.0
+    net.train()(2 * torch.randn(8, 3, 1, 1) + .5 * torch.randn(8, 3, 64, 64))   # plain colours, as the trees' images have
+    torch.save(net.state_dict(), path)
+    return str(path)
+
+
+@pytest.mark.parametrize("source, backbone, method, classes", [
+    ("gta5", "resnet101", "mlan", 19), ("gta5", "vgg16", "cr_al+rst", 19), ("synthia", "vgg16", "mlan", 16),
+    pytest.param("synthia", "resnet101", "mlan", 16, marks=pytest.mark.slow),
+    *(pytest.param("gta5", "resnet101", method, 19, marks=pytest.mark.slow) for method in PLANS if method != "mlan")])
+def test_three_steps_of_the_paper(source, backbone, method, classes, trees, resnet101, tmp_path):
+    small = {**SMALL, "weights": resnet101 if backbone == "resnet101" else "none"}
+    result = run_mlan(trees[source], trees["cityscapes"], method, "paper", out=tmp_path, progress=False, backbone=backbone, **small)
+    record = result.record
+    assert len(record["classes"]) == classes and ("miou_13" in record) == (classes <= 16 or source == "gta5")
+    assert record["images"] == {"source": 5 if method == "oracle" else 6 if source == "gta5" else 5, "target": 5, "val": 1, "test": 2}
+    assert record["settings"] == {**record["settings"], "lr": 2.5e-4, "momentum": .9, "weight_decay": 1e-4, "lambda_region": 5e-3,
+                                  "lambda_ent": 1e-3, "lambda_image": 1e-3, "n_relations": 100, "optimiser": "sgd", "batch_size": 1}
+    assert sum(map(sum, record["matrix"])) > .5 * 2 * 64 * 128
+    assert load_segmenter(result.out / "checkpoint.pt")[1]["size"] == (64, 128)
+
+
+def test_the_paper_s_numbers():
+    s = make_settings("gta5", "cityscapes", profile="paper")
+    assert (s.lr, s.momentum, s.weight_decay, s.power, s.optimiser) == (2.5e-4, .9, 1e-4, .9, "sgd")          # Section 4.2
+    assert (s.lambda_region, s.lambda_ent, s.lambda_image, s.n_relations) == (5e-3, 1e-3, 1e-3, 100)
+    assert (s.size, s.target_size, s.batch_size, s.head_lr, s.critic_lr) == ((720, 1280), (512, 1024), 1, 10., 1e-4)   # R13
+    assert (s.steps, s.schedule_steps, s.warmup_steps, s.backbone, s.weights) == (120_000, 250_000, 0, "resnet101", "imagenet")
+    assert (s.map_weights, s.reading, s.pooling, s.critic_width, s.ramp_steps, s.clip_norm) == ("raw", "entropy", "resize", 64, 0, 0.)
+    assert set(PROFILES["paper"]) <= {"workers"}, "the defaults of Settings are the paper's"
+    assert Settings() == Settings(profile="quick")
+
+
+def test_a_dry_run_trains_nothing_and_says_what_would_be(trees, tmp_path, capsys):
+    argv = ["run", "--source", trees["gta5"], "--target", trees["cityscapes"], "--profile", "paper", "--out", str(tmp_path / "run"),
+            "--dry-run", "--weights", "none", "--backbone", "vgg16"]
+    assert main(argv) == 0
+    said = capsys.readouterr().out
+    for words in ("lambda_region 0.005", "6 of 24,966", "5 of 2,975", "align_translated   120000 steps", "GiB", "translated images take"):
+        assert words in said, words
+    assert not (tmp_path / "run").exists()
+
+
+def test_dry_run_counts_what_the_data_has(trees):
+    told = dry_run(trees["synthia"], trees["cityscapes"], "cr_al", "paper", **SMALL)
+    assert [e.stage for e in told.stages] == ["regions", "align", "scoring"] and len(told.classes) == 16
+    assert told.stages[0].amount == "5 maps" and told.stages[1].amount == "3 steps" and told.stages[2].amount == "3 images"
+    json.dumps([e.seconds for e in told.stages])
+
+
+@pytest.mark.parametrize("backbone", ["resnet101", "vgg16"])
+@pytest.mark.parametrize("source_size", [(720, 1280), (760, 1280)])
+def test_every_ablation_fits_twelve_gigabytes(backbone, source_size):
+    s = make_settings("a", "b", profile="paper", backbone=backbone, size=source_size)
+    heaviest = step_cost(lambda: segmentation_step(s, "cr_al", 19, s.size))
+    assert 1 < heaviest.gib < 10.5                                   # and about one for the device's own
+
+
+def test_checkpointing_and_mixed_precision_need_less():
+    s = make_settings("a", "b", profile="paper", size=(256, 512), target_size=(256, 512), patches=(16, 32, 64))
+    plain, half, again = (step_cost(lambda c=c: segmentation_step(make_settings("a", "b", profile="paper", size=s.size, patches=s.patches,
+                          target_size=s.target_size, **c), "cr_al", 19, s.size)) for c in ({}, {"precision": "bf16"}, {"checkpointing": True}))
+    assert half.peak < .7 * plain.peak and again.peak < .8 * plain.peak
+    assert half.flops == plain.flops and 1.1 < again.flops / plain.flops < 1.4
