@@ -82,12 +82,14 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=6, help="for each way")
     parser.add_argument("--out", type=Path, help="a .jsonl file to append the record to")
     args = parser.parse_args()
+    load = round(os.getloadavg()[0], 1)  # processes of others that share the processors
     with tempfile.TemporaryDirectory() as folder:
         measured = measure(Path(folder), args)
     record = {"frame_size": list(args.frame_size), "size": list(args.size), "frames": args.frames, "batch": args.batch, **measured,
-              "processors": len(os.sched_getaffinity(0)), "machine": platform.machine(), "python": platform.python_version(),
+              "processors": os.cpu_count(), "load_before": load, "machine": platform.machine(), "python": platform.python_version(),
               "versions": {name: version(name) for name in ("torch", "pillow", "numpy")}}
-    print(f"frames of {record['frame_size']} ({record['png_megabytes']} MB a PNG) to {record['size']}, {record['processors']} processors")
+    print(f"frames of {record['frame_size']} ({record['png_megabytes']} MB a PNG) to {record['size']}")
+    print(f"{record['processors']} processors, load {load} before")
     print(f"check {record['pairs_checked_per_second']} pairs/s, prepare {record['pairs_prepared_per_second']} pairs/s")
     for way, images in record["images_per_second"].items():
         print(f"{way:22s} {images:8.1f} images/s, {record['main_process_ms_per_image'][way]:6.1f} ms of the main process an image")

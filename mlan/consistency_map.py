@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['consistency_map', 'normalise_maps', 'ConsistencyMaps', 'dataset_maps']
 
-# %% ../nbs/09_consistency_map.ipynb #afad8611
+# %% ../nbs/09_consistency_map.ipynb #de438c04
 from dataclasses import dataclass
 
 import torch
@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 from .co_regularized_al import CoRegularizedAL, Flow, resize_map
 
-# %% ../nbs/09_consistency_map.ipynb #af0d1dc5
+# %% ../nbs/09_consistency_map.ipynb #2c0af52d
 def consistency_map(region_map: Tensor,  # M_region (B, I, J)
                     image_map: Tensor,  # M_image (B, U, V)
                     ) -> Tensor:  # M_multi (B, I, J), non-negative
     "Eq. 11: the multi-level consistency map (MLCM)."
     return region_map * resize_map(image_map, region_map.shape[-2:])
 
-# %% ../nbs/09_consistency_map.ipynb #5b2609a8
+# %% ../nbs/09_consistency_map.ipynb #91595e34
 def normalise_maps(maps: Tensor,  # (n, I, J), of a whole data set
                    ) -> Tensor:  # (n, I, J) with mean 1
     "Divide by the data set's mean; relative hardness of images and regions stays."
@@ -30,7 +30,7 @@ def normalise_maps(maps: Tensor,  # (n, I, J), of a whole data set
                          "lambda_ent or train less before making maps")
     return maps / mean
 
-# %% ../nbs/09_consistency_map.ipynb #c57ca354
+# %% ../nbs/09_consistency_map.ipynb #d8f4ff86
 @dataclass(frozen=True)
 class ConsistencyMaps:
     "The three maps of n target images, as they come (not normalised)."

@@ -6,9 +6,10 @@
 __all__ = ['LiveMemory', 'StepCost', 'step_cost', 'segmentation_step', 'translation_step', 'arithmetic_rate', 'StageEstimate',
            'estimate', 'DryRun', 'dry_run']
 
-# %% ../nbs/18_dry_run.ipynb #7496cad6
+# %% ../nbs/18_dry_run.ipynb #0f3b49f6
 import gc
 import math
+import textwrap
 import time
 import weakref
 from dataclasses import asdict, dataclass, replace
@@ -31,7 +32,7 @@ from .stages import alignment_settings, dataset_name, open_datasets
 from .trainer import SegmentationStep, TranslationStep, usable_device
 from .translation import TranslationPair, TranslationSettings
 
-# %% ../nbs/18_dry_run.ipynb #3eb21e8a
+# %% ../nbs/18_dry_run.ipynb #a6009b5b
 class LiveMemory(TorchDispatchMode):
     "Counts the bytes of tensors that are alive: `.live` now, `.peak` at most."
 
@@ -55,7 +56,7 @@ class LiveMemory(TorchDispatchMode):
     def _forget(self, size):
         self.live -= size
 
-# %% ../nbs/18_dry_run.ipynb #553d250f
+# %% ../nbs/18_dry_run.ipynb #c2263713
 @dataclass(frozen=True)
 class StepCost:
     "One training step."
@@ -81,7 +82,7 @@ def step_cost(make_step,  # function () -> step object, called among fake tensor
     forget_matrices()
     return StepCost(counter.get_total_flops(), memory.peak)
 
-# %% ../nbs/18_dry_run.ipynb #e1f56645
+# %% ../nbs/18_dry_run.ipynb #1912e351
 def segmentation_step(s: Settings, ablation: str,  # a key of ABLATIONS
                       classes: int, size: tuple,  # (H, W) of the labelled images
                       device="cpu") -> SegmentationStep:
@@ -102,21 +103,23 @@ def translation_step(s: Settings) -> TranslationStep:
     source, target = torch.rand(n, 3, *s.size), torch.rand(n, 3, *s.target_size)
     return TranslationStep(pair, lambda i: source, lambda i: (target, None), s)
 
-# %% ../nbs/18_dry_run.ipynb #c780efeb
-def arithmetic_rate(s: Settings, device: torch.device, repeats: int = 3) -> float:
-    "FLOP a second that the device reaches on a small source-only step."
-    size = tuple(max(64, n // 4) for n in s.size)
-    small = replace(s, batch_size=1, patches=(8, 16, 32))
-    cost = step_cost(lambda: segmentation_step(small, "source_only", 19, size))
+# %% ../nbs/18_dry_run.ipynb #a34ea1c8
+def arithmetic_rate(s: Settings, device: torch.device, most: float = 3e11, repeats: int = 3) -> float:
+    "FLOP a second that the device reaches on a source-only step of at most so many FLOP."
+    for shrink in (1, 2, 4, 8):
+        size = tuple(max(64, n // shrink) for n in s.size)
+        small = replace(s, batch_size=s.batch_size if shrink == 1 else 1)
+        if (cost := step_cost(lambda r=small, n=size: segmentation_step(r, "source_only", 19, n))).flops <= most:
+            break
     step, times = segmentation_step(small, "source_only", 19, size, device), []
     step.net.to(memory_format=torch.channels_last)
     for i in range(repeats + 1):
         began = time.perf_counter()
         sum(v.item() for v in step(i).values())                 # .item() waits for the device
         times.append(time.perf_counter() - began)
-    return cost.flops / float(np.median(times[1:]))
+    return cost.flops / min(times[1:])
 
-# %% ../nbs/18_dry_run.ipynb #7818d62b
+# %% ../nbs/18_dry_run.ipynb #16cb7f5c
 @dataclass(frozen=True)
 class StageEstimate:
     "A stage of a run."
@@ -129,7 +132,7 @@ class StageEstimate:
 def _training(stage, steps, cost, rate):
     return StageEstimate(stage, f"{steps} steps", steps * cost.flops / rate, cost.gib)
 
-
+# %% ../nbs/18_dry_run.ipynb #e22407cc
 def estimate(s: Settings, images: dict,  # {"source", "target", "val", "test": how many}
              classes: int, rate: float,  # FLOP a second
              map_seconds: float = 0.0,  # of region labels for one map
@@ -158,7 +161,7 @@ def estimate(s: Settings, images: dict,  # {"source", "target", "val", "test": h
     scored = images["val"] + images["test"]
     return [*stages, StageEstimate("scoring", f"{scored} images", scored * forward)]
 
-# %% ../nbs/18_dry_run.ipynb #5a453d1f
+# %% ../nbs/18_dry_run.ipynb #d0cbfe41
 @dataclass(frozen=True)
 class DryRun:
     "What a run would be."
@@ -169,11 +172,12 @@ class DryRun:
     notes: list  # what the user should know
 
     def __str__(self) -> str:
-        lines = ["settings: " + ", ".join(f"{k} {v}" for k, v in asdict(self.settings).items() if v != ""), "", "data:"]
+        lines = [textwrap.fill("settings: " + ", ".join(f"{k} {v}" for k, v in asdict(self.settings).items() if v != ""), 110), "", "data:"]
         for split, found in self.data.items():
             labels = "labelled" if found["labelled"] else "no labels"
             lines.append(f"  {split:8} {found['n']} images, {found['checked']} read, sizes {found['sizes']}, {labels}")
-        lines += [f"  scored on {len(self.classes)} classes: {', '.join(self.classes)}", "", "stages (estimates):"]
+        scored = f"  scored on {len(self.classes)} classes: {', '.join(self.classes)}"
+        lines += [textwrap.fill(scored, 110, subsequent_indent="    "), "", "stages (estimates):"]
         lines += [f"  {e.stage:18} {e.amount:16} {_duration(e.seconds):>9}{f' {e.gib:6.1f} GiB' * (e.gib > 0)}" for e in self.stages]
         total, peak = sum(e.seconds for e in self.stages), max(e.gib for e in self.stages)
         lines += [f"  {'together':18} {'':16} {_duration(total):>9} {peak:6.1f} GiB, and about 1 GiB for the device's own", ""]
@@ -184,7 +188,7 @@ def _duration(seconds):
     units = {"d": 86400, "h": 3600, "min": 60, "s": 1}
     return next(f"{seconds / unit:.1f} {name}" for name, unit in units.items() if seconds >= unit or unit == 1)
 
-# %% ../nbs/18_dry_run.ipynb #0b796d32
+# %% ../nbs/18_dry_run.ipynb #0ab71499
 def dry_run(source, target, method: str = "mlan", profile: str = "quick",
             files: int = 200,  # so many files of a split are read; all are listed
             **overrides,  # any field of Settings
@@ -204,7 +208,7 @@ def dry_run(source, target, method: str = "mlan", profile: str = "quick",
     stages = estimate(s, images, len(shared.classes), arithmetic_rate(s, device), labelling)
     return DryRun(s, data, shared.classes, stages, _notes(s, data, stages, images, decode))
 
-
+# %% ../nbs/18_dry_run.ipynb #35276ef1
 def _seconds(do) -> float:
     began = time.perf_counter()
     do()

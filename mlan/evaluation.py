@@ -4,11 +4,13 @@
 
 # %% auto #0
 __all__ = ['SYNTHIA_13', 'confusion_matrix', 'class_iou', 'mean_iou', 'network_input', 'predict_labels', 'Scores', 'score_row',
-           'percent', 'evaluate']
+           'percent', 'Scoring', 'evaluate']
 
-# %% ../nbs/12_evaluation.ipynb #e8312b2d
+# %% ../nbs/12_evaluation.ipynb #f298a573
 import math
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +22,7 @@ from tqdm import tqdm
 
 from .streets import IGNORE
 
-# %% ../nbs/12_evaluation.ipynb #3218a170
+# %% ../nbs/12_evaluation.ipynb #73900808
 def confusion_matrix(
     prediction: Tensor, # (...), class ids 0..K-1
     labels: Tensor, # the same shape, class ids 0..K-1, 255 = ignored
@@ -39,7 +41,7 @@ def confusion_matrix(
     cell = torch.where(ignored, n_classes ** 2, labels * n_classes + prediction)
     return torch.bincount(cell.flatten(), minlength=n_classes ** 2 + 1)[:-1].view(n_classes, n_classes)
 
-# %% ../nbs/12_evaluation.ipynb #a833b280
+# %% ../nbs/12_evaluation.ipynb #4931996c
 def class_iou(
     matrix: Tensor, # (K, K), rows the truth, columns the prediction
 ) -> Tensor: # (K,) float64, percent; NaN for a class in neither truth nor prediction
@@ -48,7 +50,7 @@ def class_iou(
     hit = matrix.diagonal()
     return 100 * hit / (matrix.sum(0) + matrix.sum(1) - hit)
 
-# %% ../nbs/12_evaluation.ipynb #736efa00
+# %% ../nbs/12_evaluation.ipynb #e5824386
 SYNTHIA_13 = ("road", "sidewalk", "building", "traffic light", "traffic sign", "vegetation", "sky",
               "person", "rider", "car", "bus", "motorcycle", "bicycle")
 
@@ -66,23 +68,28 @@ def mean_iou(
         iou = iou[[list(classes).index(name) for name in subset]]
     return iou.nanmean().item()
 
-# %% ../nbs/12_evaluation.ipynb #82008552
+# %% ../nbs/12_evaluation.ipynb #0f5f7d1c
+def _resized(image: np.ndarray, size: tuple[int, int]) -> Tensor: # (height, width, 3) uint8
+    "Bilinear and antialiased, as in training."
+    return torch.from_numpy(np.array(Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.BILINEAR)))
+
 def network_input(
     image: np.ndarray, # (H, W, 3) uint8 RGB
     size: tuple[int, int], # (height, width) of the network's input
 ) -> Tensor: # (3, height, width) float in [0, 1]
-    "The image as the network takes it: bilinear and antialiased, as in training."
-    resized = Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.BILINEAR)
-    return torch.from_numpy(np.array(resized)).permute(2, 0, 1).float() / 255
+    "The image as the network takes it."
+    return _resized(image, size).permute(2, 0, 1).float() / 255
 
 def predict_labels(
-    logits: Tensor, # (K, h, w)
-    size: tuple[int, int], # (height, width) of the label map
-) -> Tensor: # (height, width) int64 class ids
+    logits: Tensor, # (K, h, w) or (B, K, h, w)
+    size: tuple[int, int], # (height, width) of the label maps
+) -> Tensor: # (height, width) or (B, height, width) int64 class ids
     "Logits to classes: resized bilinearly to the label's size first, argmax last (R15)."
-    return F.interpolate(logits[None].float(), size=tuple(size), mode="bilinear", align_corners=False)[0].argmax(0)
+    if logits.ndim == 3: return predict_labels(logits[None], size)[0]
+    full = F.interpolate(logits.float(), size=tuple(size), mode="bilinear", align_corners=False)
+    return full.max(1).indices # argmax, several times faster on a CPU
 
-# %% ../nbs/12_evaluation.ipynb #787f63c9
+# %% ../nbs/12_evaluation.ipynb #0eefcd0f
 @dataclass(frozen=True, eq=False)
 class Scores:
     "What a whole data set says of one model: its confusion matrix, and all that follows from it."
@@ -100,12 +107,18 @@ class Scores:
         miou = None if math.isnan(self.miou) else self.miou
         return {"miou": miou, "per_class": self.per_class, "matrix": self.matrix.tolist()}
 
+    def __add__(self, other: "Scores") -> "Scores": # of two parts of a data set
+        if self.classes != other.classes:
+            raise ValueError(f"scores of {other.classes} added to scores of {self.classes}: score both parts with the same classes")
+        return Scores(self.matrix + other.matrix, self.classes)
+
     def __repr__(self) -> str: return "\n".join(f"{c:<16}{percent(v):>6}" for c, v in score_row(self).items())
 
     def _repr_markdown_(self) -> str:
         names, values = score_row(self).keys(), map(percent, score_row(self).values())
         return "\n".join(f"| {' | '.join(cells)} |" for cells in (names, ["---:"] * len(names), values))
 
+# %% ../nbs/12_evaluation.ipynb #7af46232
 def score_row(
     scores: Scores | dict, # or the record that `Scores.record` gives
 ) -> dict[str, float | None]: # {"mIoU": percent, class: percent or None, ...}
@@ -118,40 +131,107 @@ def percent(value: float | None) -> str: # one decimal, "-" where there is no va
     "A score as tables show it."
     return "-" if value is None else f"{value:.1f}"
 
-# %% ../nbs/12_evaluation.ipynb #d886dc20
-def _check_logits(logits: Tensor, n_images: int, n_classes: int):
-    "Raise if the network's answer cannot be scored."
+# %% ../nbs/12_evaluation.ipynb #c78cc314
+@dataclass(frozen=True)
+class Scoring:
+    "How a data set is walked through; the scores are the same whatever it says."
+    batch_size: int = 8 # images in one forward
+    device: str | torch.device = "cpu"
+    shard: tuple[int, int] = (0, 1) # (rank, world): images rank, rank + world, rank + 2 world, ... only
+    threads: int = 4 # that read images ahead
+    progress: bool = False # show a bar
+
+# %% ../nbs/12_evaluation.ipynb #ff7e5246
+def _read(dataset, i: int, size: tuple[int, int]) -> tuple[Tensor, Tensor]: # (h, w, 3) uint8, (H, W) uint8
+    "An image at the network's size, and its label map as it is."
+    labels = np.asarray(dataset.labels(i))
+    if labels.dtype != np.uint8:
+        raise ValueError(f"labels({i}) of the data set are {labels.dtype}, expected uint8: raw label ids from 0 to 255")
+    return _resized(dataset.image(i), size), torch.tensor(labels)
+
+def _batches(dataset, size: tuple[int, int], how: Scoring) -> Iterator[tuple]: # (images), (label maps)
+    "A shard's batches in order, the next ones being read meanwhile."
+    indices = range(how.shard[0], len(dataset), how.shard[1])
+    n_ahead, ahead = 1 + math.ceil(how.threads / how.batch_size), deque()
+    with ThreadPoolExecutor(how.threads) as pool:
+        for first in range(0, len(indices), how.batch_size):
+            ahead.append([pool.submit(_read, dataset, i, size) for i in indices[first:first + how.batch_size]])
+            if len(ahead) > n_ahead: yield tuple(zip(*(f.result() for f in ahead.popleft())))
+        while ahead: yield tuple(zip(*(f.result() for f in ahead.popleft())))
+
+# %% ../nbs/12_evaluation.ipynb #3448eeb5
+_AT_ONCE = 1 << 26 # logits at the labels' size: 256 MiB
+
+def _runs(labels: Sequence[Tensor], n_classes: int) -> Iterator[slice]:
+    "Consecutive label maps of one size, few enough for the memory."
+    first = 0
+    while first < len(labels):
+        most = first + max(1, _AT_ONCE // (n_classes * max(1, labels[first].numel())))
+        last = first + 1
+        while last < min(most, len(labels)) and labels[last].shape == labels[first].shape: last += 1
+        yield slice(first, last)
+        first = last
+
+# %% ../nbs/12_evaluation.ipynb #41b0d7dc
+def _count(counts: Tensor, prediction: Tensor, labels: Tensor): # (256, K) int64; ids below K; raw ids, uint8
+    "Add the pixels of each (raw id, predicted class), without asking the device anything."
+    cell = (labels.long() * counts.shape[1] + prediction).flatten()
+    counts.view(-1).index_add_(0, cell, torch.ones((), dtype=torch.int64, device=cell.device).expand(len(cell)))
+
+def _class_matrix(counts: Tensor, lut: np.ndarray) -> Tensor: # (K, K) int64 on the CPU
+    "The rows of the raw ids, summed by class; ignored ones left out."
+    counts, lut = counts.cpu(), torch.as_tensor(np.asarray(lut)).long()
+    n_classes, there = counts.shape[1], counts.sum(1) > 0
+    if (stray := there & (lut != IGNORE) & ((lut < 0) | (lut >= n_classes))).any():
+        raw = stray.nonzero()[0].item()
+        raise ValueError(f"the label table turns the id {raw} into {lut[raw].item()}, expected 0 to {n_classes - 1} or {IGNORE}: "
+                         "check n_classes and the label table")
+    kept = there & (lut != IGNORE)
+    return counts.new_zeros(n_classes, n_classes).index_add_(0, lut[kept], counts[kept])
+
+# %% ../nbs/12_evaluation.ipynb #d56e29fe
+def _on_device(tensors: Sequence[Tensor], device: str | torch.device) -> Tensor:
+    "Stacked and on its way; from pinned memory, so that nobody waits."
+    stacked, cuda = torch.stack(tuple(tensors)), torch.device(device).type == "cuda"
+    return (stacked.pin_memory() if cuda else stacked).to(device, non_blocking=cuda)
+
+def _check_shape(logits: Tensor, n_images: int, n_classes: int):
+    "Raise if the network's answer cannot be scored; asks the device nothing."
     if logits.ndim != 4 or logits.shape[:2] != (n_images, n_classes):
         raise ValueError(f"predict gave {tuple(logits.shape)}, expected ({n_images}, {n_classes}, h, w): "
                          "return logits before argmax, one channel a class")
-    if not torch.isfinite(logits).all():
-        raise ValueError("predict gave NaN or infinite logits: the weights are broken, take an earlier checkpoint")
 
-# %% ../nbs/12_evaluation.ipynb #3dfa0b02
-@torch.inference_mode()
-def evaluate(
-    predict: Callable[[Tensor], Tensor], # images (B, 3, h, w) in [0, 1] -> logits (B, K, h', w')
-    dataset, # len(), labelled, image(i) uint8 (H, W, 3), labels(i) uint8 (H, W)
-    lut: np.ndarray, # (256,) uint8, raw label id -> class id, 255 = ignored
-    n_classes: int | Sequence[str], # K, or better the K names
-    size: tuple[int, int], # (height, width) of the network's input
-    batch_size: int = 8,
-    device: str | torch.device = "cpu",
-    progress: bool = False, # show a bar
-) -> Scores:
-    "Scores over the whole data set in one confusion matrix, each prediction at its label's own size (R15)."
-    classes = tuple(f"class {c}" for c in range(n_classes)) if isinstance(n_classes, int) else tuple(n_classes)
+def _check_request(predict: Callable, dataset, how: Scoring):
+    "Raise where scoring cannot begin."
     if not dataset.labelled:
         raise ValueError("the data set has no labels to score against: give its label folder, or predict only")
     if getattr(predict, "training", False):
         raise ValueError("predict is in training mode and would move its BatchNorm statistics: call its .eval() first")
-    matrix = torch.zeros(len(classes), len(classes), dtype=torch.int64, device=device)
-    table = torch.as_tensor(np.asarray(lut)).long().to(device)
-    for start in tqdm(range(0, len(dataset), batch_size), disable=not progress, desc="evaluate"):
-        batch = range(start, min(start + batch_size, len(dataset)))
-        logits = predict(torch.stack([network_input(dataset.image(i), size) for i in batch]).to(device))
-        _check_logits(logits, len(batch), len(classes))
-        for i, each in zip(batch, logits): # one label map at its own size at a time
-            labels = table[torch.as_tensor(np.asarray(dataset.labels(i))).long().to(device)]
-            matrix += confusion_matrix(predict_labels(each, labels.shape), labels, len(classes))
-    return Scores(matrix.cpu(), classes)
+    if not 0 <= how.shard[0] < how.shard[1]:
+        raise ValueError(f"shard={how.shard}, expected (rank, world) with 0 <= rank < world")
+
+# %% ../nbs/12_evaluation.ipynb #20ce22b9
+@torch.inference_mode()
+def evaluate(
+    predict: Callable[[Tensor], Tensor], # images (B, 3, h, w) in [0, 1] -> logits (B, K, h', w')
+    dataset, # len(), labelled, image(i) uint8 (H, W, 3), labels(i) uint8 (H, W); threads call both
+    lut: np.ndarray, # (256,) uint8, raw label id -> class id, 255 = ignored
+    n_classes: int | Sequence[str], # K, or better the K names
+    size: tuple[int, int], # (height, width) of the network's input
+    **how, # fields of `Scoring`, by name
+) -> Scores:
+    "Scores in one confusion matrix, each prediction at its label's own size (R15); of one shard's images where one is given."
+    classes = tuple(f"class {c}" for c in range(n_classes)) if isinstance(n_classes, int) else tuple(n_classes)
+    how, K = Scoring(**how), len(classes)
+    _check_request(predict, dataset, how)
+    counts, finite, white = (torch.full(s, v, device=how.device) for s, v in (((256, K), 0), ((), True), ((), 255.)))
+    n_batches = math.ceil(len(range(how.shard[0], len(dataset), how.shard[1])) / how.batch_size)
+    for images, labels in tqdm(_batches(dataset, size, how), total=n_batches, disable=not how.progress, desc="evaluate"):
+        logits = predict(_on_device(images, how.device).permute(0, 3, 1, 2).float() / white) # channels last, as they lie in memory
+        _check_shape(logits, len(images), K)
+        finite &= torch.isfinite(logits).all()
+        for run in _runs(labels, K):
+            _count(counts, predict_labels(logits[run], labels[run.start].shape), _on_device(labels[run], how.device))
+    if not finite:
+        raise ValueError("predict gave NaN or infinite logits: the weights are broken, take an earlier checkpoint")
+    return Scores(_class_matrix(counts, lut), classes)

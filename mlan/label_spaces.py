@@ -7,7 +7,7 @@ __all__ = ['CITYSCAPES', 'SYNTHIA16', 'AIRSIM_NH', 'CAMVID', 'CITYSCAPES_IDS', '
            'cityscapes_subset', 'merged_groups', 'SharedClasses', 'label_table', 'shared_classes', 'read_image',
            'read_labels', 'read_first_channel', 'image_size']
 
-# %% ../nbs/01_label_spaces.ipynb #b8521bbc
+# %% ../nbs/01_label_spaces.ipynb #9441fe6c
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 
 from .streets import CITYSCAPES_CLASSES, CITYSCAPES_COLORS, IGNORE
 
-# %% ../nbs/01_label_spaces.ipynb #ecc036cb
+# %% ../nbs/01_label_spaces.ipynb #1615fe1f
 class DataError(ValueError):
     "Something is wrong with the data: the message names the file or the argument, and the mend."
 
@@ -29,7 +29,7 @@ def require(
     if not ok:
         raise DataError(message)
 
-# %% ../nbs/01_label_spaces.ipynb #de5b013d
+# %% ../nbs/01_label_spaces.ipynb #a4921922
 @dataclass(frozen=True)
 class LabelSpace:
     "What the ids of a data set's label images mean, told in Cityscapes' classes."
@@ -55,7 +55,7 @@ class LabelSpace:
         first = [min(cover, key=CITYSCAPES_CLASSES.index, default=None) for cover in self.covers]
         return np.array([palette.get(name, (0, 0, 0)) for name in first], np.uint8)
 
-# %% ../nbs/01_label_spaces.ipynb #71ee89e5
+# %% ../nbs/01_label_spaces.ipynb #3056e07b
 def cityscapes_subset(
     name: str,  # the new label space's name
     without: tuple[str, ...] = (),  # Cityscapes classes that it lacks
@@ -72,7 +72,7 @@ SYNTHIA16 = cityscapes_subset("synthia16", without=("terrain", "truck", "train")
 _RARE = ("traffic light", "traffic sign", "person", "rider", "truck", "bus", "train", "motorcycle", "bicycle")
 AIRSIM_NH = cityscapes_subset("airsim_nh", without=("sidewalk", *_RARE), road="sidewalk")
 
-# %% ../nbs/01_label_spaces.ipynb #5bfd6e71
+# %% ../nbs/01_label_spaces.ipynb #472fbdd3
 _CAMVID = {
     "Sky": "sky", "Building": "building, wall", "Pole": "pole", "Road": "road", "Sidewalk": "sidewalk",
     "Tree": "vegetation, terrain", "SignSymbol": "traffic sign, traffic light", "Fence": "fence",
@@ -81,7 +81,7 @@ _CAMVID = {
 _CAMVID_COVERS = tuple(frozenset(names.split(", ")) for names in _CAMVID.values())
 CAMVID = LabelSpace("camvid", tuple(_CAMVID), _CAMVID_COVERS, ids=tuple(range(11)), ignore=(11, IGNORE))
 
-# %% ../nbs/01_label_spaces.ipynb #9299fee1
+# %% ../nbs/01_label_spaces.ipynb #3ad05b4e
 _IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
 CITYSCAPES_IDS = replace(CITYSCAPES, name="cityscapes_ids", ids=_IDS, ignore=(*sorted({*range(35)} - {*_IDS}), IGNORE))
 
@@ -90,7 +90,7 @@ _SYNTHIA = {"sky": 1, "building": 2, "road": 3, "sidewalk": 4, "fence": 5, "vege
 _VOID = (0, 13, 14, 16, 18, 20, 22, IGNORE)  # among them terrain 16, truck 18, train 20 and lane marking 22
 SYNTHIA = replace(SYNTHIA16, name="synthia", ids=tuple(_SYNTHIA[name] for name in SYNTHIA16.classes), ignore=_VOID)
 
-# %% ../nbs/01_label_spaces.ipynb #186c0fa3
+# %% ../nbs/01_label_spaces.ipynb #04d769e7
 def merged_groups(
     *spaces: LabelSpace,  # the label spaces that must agree
 ) -> list[tuple[str, ...]]:  # groups of Cityscapes classes, each in Cityscapes' order
@@ -102,7 +102,7 @@ def merged_groups(
     ordered = [tuple(sorted(group, key=CITYSCAPES_CLASSES.index)) for group in groups]
     return sorted(ordered, key=lambda group: CITYSCAPES_CLASSES.index(group[0]))
 
-# %% ../nbs/01_label_spaces.ipynb #c7f68782
+# %% ../nbs/01_label_spaces.ipynb #bb466b70
 @dataclass(frozen=True, eq=False)
 class SharedClasses:
     "The classes that a source and a target are both scored on, and how each one's raw ids lead to them."
@@ -127,7 +127,7 @@ def label_table(
         lut[raw] = next((k for k, group in enumerate(groups) if cover and cover <= set(group)), IGNORE)
     return lut
 
-# %% ../nbs/01_label_spaces.ipynb #41804c25
+# %% ../nbs/01_label_spaces.ipynb #d5da238f
 def shared_classes(
     source: LabelSpace,  # of the labelled data set
     target: LabelSpace,  # of the unlabelled one
@@ -140,7 +140,7 @@ def shared_classes(
     colors = np.array([CITYSCAPES_COLORS[CITYSCAPES_CLASSES.index(name)] for name in names], np.uint8)
     return SharedClasses(names, groups, colors, label_table(source, groups), label_table(target, groups))
 
-# %% ../nbs/01_label_spaces.ipynb #014ec1e4
+# %% ../nbs/01_label_spaces.ipynb #2d7d7242
 def _read(path: Path, decode: callable) -> np.ndarray:
     "What `decode` makes of the opened file; whatever a broken file makes Pillow raise becomes one sentence."
     try:
@@ -151,7 +151,7 @@ def _read(path: Path, decode: callable) -> np.ndarray:
     except Exception as error:
         raise DataError(f"Cannot read {path} ({error}): replace this file, or remove it and its pair.") from error
 
-
+# %% ../nbs/01_label_spaces.ipynb #0d07626e
 def read_image(
     path: Path,  # of any format that Pillow reads, colour or grey, turned as its EXIF entry says
 ) -> np.ndarray:  # (H, W, 3) uint8
@@ -161,7 +161,7 @@ def read_image(
         return np.array(ImageOps.exif_transpose(file).convert("RGB"))
     return _read(path, decode)
 
-# %% ../nbs/01_label_spaces.ipynb #0bac1603
+# %% ../nbs/01_label_spaces.ipynb #5e62eb36
 def read_labels(
     path: Path,  # a PNG file with one channel: grey with 1 to 16 bits, or with a palette
 ) -> np.ndarray:  # (H, W) uint8 raw ids
@@ -175,7 +175,7 @@ def read_labels(
         return ids.astype(np.uint8)
     return _read(path, decode)
 
-# %% ../nbs/01_label_spaces.ipynb #16c8879d
+# %% ../nbs/01_label_spaces.ipynb #ebdda622
 def read_first_channel(
     path: Path,  # a PNG file of RGB with 16 bits a channel, as SYNTHIA's labels are
 ) -> np.ndarray:  # (H, W) uint8 raw ids
@@ -189,7 +189,7 @@ def read_first_channel(
     require(not upper.any(), f"{path} holds a label of {int(upper.max()) * 256} or more: map labels to ids below 256.")
     return lower
 
-# %% ../nbs/01_label_spaces.ipynb #c4e96005
+# %% ../nbs/01_label_spaces.ipynb #c90501d3
 def image_size(
     path: Path,
 ) -> tuple[int, int]:  # (H, W), as `read_image` returns it

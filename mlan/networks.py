@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['STYLES', 'BACKBONES', 'reverse_gradient', 'AtrousClassifier', 'RegionClassifier', 'forget_matrices',
-           'DomainClassifier', 'resize', 'Normalise', 'SmallExtractor', 'ResNetExtractor', 'VGGExtractor', 'frozen',
-           'freeze_batch_norm', 'build_extractor', 'Segmenter', 'over_processes', 'labelled_count', 'segmentation_loss']
+           'DomainClassifier', 'resize', 'Normalise', 'conv_norm', 'SmallExtractor', 'ResNetExtractor', 'VGGExtractor',
+           'frozen', 'freeze_batch_norm', 'build_extractor', 'Segmenter', 'over_processes', 'labelled_count',
+           'segmentation_loss']
 
-# %% ../nbs/05_networks.ipynb #d6043925
+# %% ../nbs/05_networks.ipynb #4aa90e4b
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
@@ -18,8 +20,9 @@ import torchvision
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torchvision.models.resnet import Bottleneck
 
-# %% ../nbs/05_networks.ipynb #79b97ef8
+# %% ../nbs/05_networks.ipynb #19949039
 class _Reversal(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, scale):
@@ -37,7 +40,7 @@ def reverse_gradient(x: Tensor,  # any shape
     "Gradient reversal layer (Ganin and Lempitsky 2015): identity forward, minus `scale` times the gradient backward."
     return _Reversal.apply(x, scale)
 
-# %% ../nbs/05_networks.ipynb #bc14ff69
+# %% ../nbs/05_networks.ipynb #195d9144
 class AtrousClassifier(nn.Module):
     "DeepLab-V2's classifier: the sum of four 3 x 3 convolutions with different dilations."
 
@@ -53,7 +56,7 @@ class AtrousClassifier(nn.Module):
     def forward(self, features: Tensor) -> Tensor:  # (B, channels, h, w) -> (B, classes, h, w)
         return sum(branch(features) for branch in self.branches)
 
-# %% ../nbs/05_networks.ipynb #6783b6f5
+# %% ../nbs/05_networks.ipynb #8400b8ea
 @lru_cache(maxsize=64)
 def _cell_means(size: int, cells: int, reach: int, device: torch.device) -> Tensor:  # (3 * cells, size)
     "Rows that average the cells of an axis, moved by -reach, 0 and reach: first all cells of one move, then of the next."
@@ -75,7 +78,7 @@ class RegionClassifier(AtrousClassifier):
             logits = logits + branch.weight.flatten(1) @ means + branch.bias[:, None]
         return logits.unflatten(2, grid)
 
-# %% ../nbs/05_networks.ipynb #ca1274ac
+# %% ../nbs/05_networks.ipynb #4c6e8034
 @lru_cache(maxsize=64)
 def _resize_rows(size: int, device: torch.device) -> Tensor:  # (96, size)
     "The antialiased bilinear resize of an axis to 96, as a matrix."
@@ -87,7 +90,7 @@ def forget_matrices():
     _cell_means.cache_clear()
     _resize_rows.cache_clear()
 
-# %% ../nbs/05_networks.ipynb #81d7f444
+# %% ../nbs/05_networks.ipynb #1889481c
 class DomainClassifier(nn.Module):
     "C_image: features to a 3 x 3 map of logits that a ninth of the image is from the source domain."
 
@@ -119,7 +122,7 @@ class DomainClassifier(nn.Module):
         mixed = F.conv2d(features, kernel).unflatten(1, (4, 4, -1))                  # (B, 4, 4, width, h, w)
         return torch.einsum("byxkhw,uhy,vwx->bkuv", mixed, *taps) + first.bias[:, None, None]
 
-# %% ../nbs/05_networks.ipynb #30b7761f
+# %% ../nbs/05_networks.ipynb #8fa39986
 def resize(maps: Tensor,  # (B, K, h, w)
            size: tuple,  # (H, W)
            antialias: bool = False) -> Tensor:  # (B, K, H, W)
@@ -129,7 +132,7 @@ def resize(maps: Tensor,  # (B, K, h, w)
     shrinks = maps.shape[-2] > size[0] or maps.shape[-1] > size[1]      # antialiasing changes nothing where a map grows
     return F.interpolate(maps, tuple(size), mode="bilinear", align_corners=False, antialias=antialias and shrinks)
 
-# %% ../nbs/05_networks.ipynb #b4899c56
+# %% ../nbs/05_networks.ipynb #7b600ff5
 STYLES = {
     "torchvision": dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), bgr=False),
     "caffe": dict(mean=(103.939, 116.779, 123.68), std=(1.0, 1.0, 1.0), bgr=True),
@@ -151,9 +154,25 @@ class Normalise(nn.Module):
         images = images.flip(1) * 255 if self.bgr else images
         return (images - self.mean) / self.std
 
-# %% ../nbs/05_networks.ipynb #ac408da4
+# %% ../nbs/05_networks.ipynb #8ebb2741
+def conv_norm(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
+    "A convolution without bias and the BatchNorm after it; as one convolution where the statistics are fixed."
+    if norm.training:
+        return norm(conv(x))
+    scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
+    shift = norm.bias - norm.running_mean * scale
+    return F.conv2d(x, conv.weight * scale[:, None, None, None], shift, conv.stride, conv.padding, conv.dilation)
+
+# %% ../nbs/05_networks.ipynb #f06d62ff
+class _ConvNorm(nn.Sequential):
+    "A convolution and its BatchNorm."
+
+    def forward(self, x):
+        return conv_norm(x, *self)
+
+
 def _conv(inputs, outputs, stride=1, dilation=1):
-    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride, dilation, dilation, bias=False), nn.BatchNorm2d(outputs))
+    return _ConvNorm(nn.Conv2d(inputs, outputs, 3, stride, dilation, dilation, bias=False), nn.BatchNorm2d(outputs))
 
 
 class _Residual(nn.Module):
@@ -178,7 +197,17 @@ class SmallExtractor(nn.Module):
     def forward(self, images: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, 64, H/4, W/4)
         return self.body(self.normalise(images))
 
-# %% ../nbs/05_networks.ipynb #e6efab6f
+# %% ../nbs/05_networks.ipynb #7ba32325
+class _Bottleneck(Bottleneck):
+    "torchvision's block, with `conv_norm` for each pair of layers."
+
+    def forward(self, x):
+        out = F.relu_(conv_norm(x, self.conv1, self.bn1))
+        out = F.relu_(conv_norm(out, self.conv2, self.bn2))
+        past = x if self.downsample is None else conv_norm(x, *self.downsample)
+        return F.relu_(conv_norm(out, self.conv3, self.bn3).add_(past))
+
+# %% ../nbs/05_networks.ipynb #ad15ab73
 class _Recomputed(nn.Sequential):
     "A stage whose blocks keep only their input and are computed again going backward; not while BatchNorm counts its batches."
 
@@ -188,13 +217,6 @@ class _Recomputed(nn.Sequential):
         return x
 
 
-def _arrange_as_caffe(net):
-    "Strides in the first 1 x 1 of a stage, and so the stage's own dilation in all of its 3 x 3."
-    net.layer2[0].conv1.stride, net.layer2[0].conv2.stride = (2, 2), (1, 1)
-    for first, rate in ((net.layer3[0], 2), (net.layer4[0], 4)):
-        first.conv2.dilation = first.conv2.padding = (rate, rate)
-
-# %% ../nbs/05_networks.ipynb #e925fdbb
 class ResNetExtractor(nn.Module):
     "E with ResNet-50 or ResNet-101: output stride 8, 2048 channels, BatchNorm frozen by the trainer."
     channels, stride, rates = 2048, 8, (6, 12, 18, 24)
@@ -204,9 +226,13 @@ class ResNetExtractor(nn.Module):
                  checkpointing: bool = False):  # layer3 and layer4 keep little memory, for a third more computing in them
         super().__init__()
         net = getattr(torchvision.models, name)(replace_stride_with_dilation=(False, True, True))
+        for block in [m for m in net.modules() if isinstance(m, Bottleneck)]:
+            block.__class__ = _Bottleneck
         self.style, self.normalise, self.body = style, Normalise(**STYLES[style]), nn.Sequential()
         if self.normalise.bgr:
-            _arrange_as_caffe(net)
+            net.layer2[0].conv1.stride, net.layer2[0].conv2.stride = (2, 2), (1, 1)
+            for first, rate in ((net.layer3[0], 2), (net.layer4[0], 4)):
+                first.conv2.dilation = first.conv2.padding = (rate, rate)
         for part in ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2"):
             self.body.add_module(part, getattr(net, part))
         for part in ("layer3", "layer4"):
@@ -215,7 +241,7 @@ class ResNetExtractor(nn.Module):
     def forward(self, images: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, 2048, H/8, W/8), rounded up
         return self.body(self.normalise(images))
 
-# %% ../nbs/05_networks.ipynb #33e086ad
+# %% ../nbs/05_networks.ipynb #a21ad3af
 class VGGExtractor(nn.Module):
     "E with VGG-16 as [26] have it: pool4 and pool5 dropped, conv5 dilated, fc6 and fc7 as convolutions."
     channels, stride, rates = 1024, 8, (6, 12, 18, 24)
@@ -233,26 +259,24 @@ class VGGExtractor(nn.Module):
     def forward(self, images: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, 1024, H/8, W/8), rounded down
         return F.relu(self.fc7(F.relu(self.fc6(self.features(self.normalise(images))))))
 
-# %% ../nbs/05_networks.ipynb #ec638f92
+# %% ../nbs/05_networks.ipynb #e4b4e77d
 def _fc_as_convolutions(state):
     "ImageNet's two fully connected layers as fc6 and fc7: every fourth unit, the taps that dilation 4 reaches."
     w6, w7 = state["classifier.0.weight"], state["classifier.3.weight"]
     return {"fc6.weight": w6.unflatten(1, (-1, 7, 7))[::4, :, 2:5, 2:5], "fc6.bias": state["classifier.0.bias"][::4],
             "fc7.weight": F.pad(w7[::4, ::4, None, None], (1, 1, 1, 1)), "fc7.bias": state["classifier.3.bias"][::4]}
 
-# %% ../nbs/05_networks.ipynb #59ad53c4
-class frozen:
-    "Context manager: inside, the modules' parameters get no gradient; gradients still pass through to their inputs."
-
-    def __init__(self, *modules: nn.Module):
-        self.parameters = [p for m in modules for p in m.parameters() if p.requires_grad]
-
-    def __enter__(self):
-        for p in self.parameters:
+# %% ../nbs/05_networks.ipynb #6e32ca70
+@contextmanager
+def frozen(*modules: nn.Module):
+    "Inside, the modules' parameters get no gradient; gradients still pass through to their inputs."
+    parameters = [p for m in modules for p in m.parameters() if p.requires_grad]
+    try:
+        for p in parameters:
             p.requires_grad_(False)
-
-    def __exit__(self, *error):
-        for p in self.parameters:
+        yield
+    finally:
+        for p in parameters:
             p.requires_grad_(True)
 
 
@@ -267,34 +291,28 @@ def freeze_batch_norm(module: nn.Module,
                 layer.requires_grad_(False)
     return module
 
-# %% ../nbs/05_networks.ipynb #c31be3df
-def _seen_255(state):
-    "Has the first BatchNorm seen larger answers than inputs of unit variance can give? None where there is none to ask."
-    if "bn1.running_var" in state and "conv1.weight" in state:
-        filters = state["conv1.weight"].flatten(1)
-        return bool(state["bn1.running_var"].sum() > filters.shape[1] * filters.square().sum())
+# %% ../nbs/05_networks.ipynb #a0ef89c1
+def _plain_names(state):
+    return {k.removeprefix("module.").removeprefix("Scale."): v for k, v in state.items()}
 
 
 def _find_style(state, stated, source):
     "The style that is stated, or told by names and numbers; ValueError where the numbers contradict."
-    named = "deeplab" if any(k.startswith("Scale.") or ".conv2d_list." in k for k in state) else ""
-    state = _plain_names(state)
-    seen = _seen_255(state)
+    named = "deeplab" if any("Scale." in k or ".conv2d_list." in k for k in state) else ""
+    filters, variances = (_plain_names(state).get(k) for k in ("conv1.weight", "bn1.running_var"))
+    if filters is None or variances is None:                # VGG: nothing to ask
+        return stated or named or "torchvision"
+    seen = variances.sum() > filters[0].numel() * filters.square().sum()
     style = stated or named or ("caffe" if seen else "torchvision")
-    if seen is not None and seen != STYLES[style]["bgr"]:
+    if seen != STYLES[style]["bgr"]:
         found, fits = ("0 to 255", "caffe") if seen else ("unit variance", "torchvision")
-        raise ValueError(f"weights: {source} is given as {style}'s, but its first BatchNorm has seen inputs of {found}; write {fits}:{source}")
+        raise ValueError(f"weights: {source} is taken as {style}'s, but its first BatchNorm has seen inputs of {found}; "
+                         f"write {fits}:{source}")
     return style
 
-
-def _plain_names(state):
-    return {k.removeprefix("module.").removeprefix("Scale."): v for k, v in state.items()}
-
-# %% ../nbs/05_networks.ipynb #e24bb903
-def _read_weights(backbone, source):
-    "Named tensors of torchvision's download or of a file."
-    if source == "imagenet":
-        return torchvision.models.get_model_weights(backbone)["IMAGENET1K_V1"].get_state_dict(check_hash=True)
+# %% ../nbs/05_networks.ipynb #61fd01d7
+def _read_weights(source):
+    "Named tensors of a file."
     if not Path(source).is_file():
         raise FileNotFoundError(f"weights: there is no file {source}; give 'none', 'imagenet', an existing file, or STYLE:FILE "
                                 f"with a style of {', '.join(STYLES)}")
@@ -319,7 +337,7 @@ def _load_weights(extractor, state, source):
         raise ValueError(f"weights: {source} does not fit this backbone; missing {missing[:3]}, unexpected {foreign[:3]}")
     extractor.load_state_dict(state, strict=False)
 
-# %% ../nbs/05_networks.ipynb #89083cbe
+# %% ../nbs/05_networks.ipynb #1eddc6f6
 BACKBONES = ("small", "resnet50", "resnet101", "vgg16")
 
 
@@ -335,18 +353,20 @@ def build_extractor(backbone: str = "small",  # one of BACKBONES
         if weights != "none":
             raise ValueError(f"backbone 'small' has no pretrained weights; set weights='none' instead of {weights!r}")
         return SmallExtractor()
-    if weights != "none":
-        stated, source = weights.split(":", 1) if weights.startswith(tuple(f"{s}:" for s in STYLES)) else (style, weights)
-        state = _read_weights(backbone, source)
-        style = _find_style(state, stated, source)
+    if weights == "imagenet":
+        style, state = "torchvision", torchvision.models.get_model_weights(backbone)["IMAGENET1K_V1"].get_state_dict(check_hash=True)
+    elif weights != "none":
+        stated, weights = weights.split(":", 1) if weights.startswith(tuple(f"{s}:" for s in STYLES)) else (style, weights)
+        state = _read_weights(weights)
+        style = _find_style(state, stated, weights)
     style = style or "torchvision"
     extractor = VGGExtractor(style) if backbone == "vgg16" else ResNetExtractor(backbone, style, checkpointing)
     if weights != "none":
-        _load_weights(extractor, state, source)
+        _load_weights(extractor, state, weights)
         freeze_batch_norm(extractor, affine=True)
     return extractor
 
-# %% ../nbs/05_networks.ipynb #cc321de9
+# %% ../nbs/05_networks.ipynb #825288dc
 class Segmenter(nn.Module):
     "E + C_seg: images to class logits at the features' stride."
 

@@ -6,7 +6,7 @@
 __all__ = ['Result', 'run_mlan', 'save_segmenter', 'load_segmenter', 'picture_rows', 'save_pictures', 'load_pictures',
            'report_runs']
 
-# %% ../nbs/17_train.ipynb #337ff4df
+# %% ../nbs/17_train.ipynb #cdabbb1b
 import json
 import os
 import platform
@@ -30,7 +30,7 @@ from .settings import HOW, Settings, make_settings
 from .stages import Run, dataset_name, fingerprints, open_datasets, open_pair, score, walk
 from .trainer import TornFile, load_whole, read_log, save_atomically, usable_device, write_whole
 
-# %% ../nbs/17_train.ipynb #9a716e9f
+# %% ../nbs/17_train.ipynb #f4de76f8
 @dataclass(frozen=True)
 class Result:
     "What `run_mlan` returns."
@@ -39,7 +39,7 @@ class Result:
     out: Path  # the run's folder
     record: dict  # all that is in result.json
 
-# %% ../nbs/17_train.ipynb #44adb6ca
+# %% ../nbs/17_train.ipynb #83605873
 def run_mlan(source, target,  # "streets:engine", "airsim_nh", "folder:PATH", a data set, or a dict of one a split
              method: str = "mlan", profile: str = "quick", out: str | Path = "runs/mlan",
              stages: str | Path | None = None,  # folder of stage outcomes, to share between runs; by default OUT/stages
@@ -70,7 +70,7 @@ def run_mlan(source, target,  # "streets:engine", "airsim_nh", "folder:PATH", a 
     run.team.wait_for_everyone()
     return _result(record, out)
 
-# %% ../nbs/17_train.ipynb #149c334a
+# %% ../nbs/17_train.ipynb #870f76e5
 def _finished(out, settings):
     "The record of a finished run in this folder; ValueError if the folder belongs to a run with other settings."
     if (out / "settings.json").exists():
@@ -85,7 +85,7 @@ def _finished(out, settings):
 def _result(record, out):
     return Result(record["miou"], record["per_class"], out, record)
 
-# %% ../nbs/17_train.ipynb #b76590cf
+# %% ../nbs/17_train.ipynb #f6c9d33c
 def _commit():
     "The git commit of the source tree, with -dirty where files differ from it, or None outside of one."
     try:
@@ -113,7 +113,7 @@ def _environment(device) -> dict:
     return {"commit": _commit(), "versions": {n: metadata.version(n) for n in libraries},
             "python": platform.python_version(), **_hardware(device)}
 
-# %% ../nbs/17_train.ipynb #b044df1b
+# %% ../nbs/17_train.ipynb #2987ee7a
 def _record(run: Run, net: Segmenter, seconds: float) -> dict:
     "The run as one JSON object."
     data, s = run.data, run.s
@@ -129,7 +129,7 @@ def _record(run: Run, net: Segmenter, seconds: float) -> dict:
         record["miou_13"] = mean_iou(torch.tensor(test["matrix"]), data.classes, SYNTHIA_13)
     return json.loads(json.dumps(record))
 
-# %% ../nbs/17_train.ipynb #2d701bec
+# %% ../nbs/17_train.ipynb #bdc12e45
 def save_segmenter(net: Segmenter, path: Path, settings: Settings, shared: SharedClasses):
     "The last weights and all that `load_segmenter` needs to use them."
     about = {"classes": list(shared.classes), "members": [list(m) for m in shared.members],
@@ -156,7 +156,7 @@ def load_segmenter(path: str | Path,  # a run's checkpoint.pt
         raise ValueError(f"{path} is not a checkpoint of this package ({kind}); give a run's checkpoint.pt") from None
     return net.eval(), about
 
-# %% ../nbs/17_train.ipynb #8c73d97a
+# %% ../nbs/17_train.ipynb #942a741b
 @torch.no_grad()
 def picture_rows(run: Run, net: Segmenter, n: int = 4) -> list:  # of PictureRow
     "Test images with truth, prediction and consistency maps."
@@ -172,7 +172,7 @@ def picture_rows(run: Run, net: Segmenter, n: int = 4) -> list:  # of PictureRow
         rows.append(PictureRow(Path(dataset.name(i)).stem, image, truth, {run.s.method: found}, maps))
     return rows
 
-# %% ../nbs/17_train.ipynb #bb735d7e
+# %% ../nbs/17_train.ipynb #d5143816
 def save_pictures(path: Path, rows: list):
     "Images, truths, predictions and maps as one .npz file."
     arrays = {}
@@ -196,7 +196,7 @@ def load_pictures(path: Path) -> list:  # of PictureRow
     return [PictureRow(str(arrays[f"{i}/name"]), arrays[f"{i}/image"], arrays.get(f"{i}/truth"),
                        part(i, "prediction"), part(i, "map")) for i in range(n)]
 
-# %% ../nbs/17_train.ipynb #a542e369
+# %% ../nbs/17_train.ipynb #a27c165f
 def _one_axis(rows):
     "Log rows of all stages on one axis of steps."
     found, offset, last = [], 0, None
@@ -219,7 +219,7 @@ def _notes(records):
         notes.append(f"{method_title(r['method'])}: seed {r['seed']}, {r['seconds']:.0f} s{'; ' + made if made else ''}")
     return notes
 
-# %% ../nbs/17_train.ipynb #1c6a22d2
+# %% ../nbs/17_train.ipynb #7686e786
 def report_runs(folders: list,  # of runs on one source and target, in the order of the table
                 path: str | Path,  # the report to write
                 records: list | None = None,  # their records, if not yet in their folders
@@ -247,7 +247,7 @@ def report_runs(folders: list,  # of runs on one source and target, in the order
     colors = np.array(first["colors"], np.uint8)
     return write_report(path, title, settings, scores, curves, rows, _notes(records), first["classes"], colors)
 
-# %% ../nbs/17_train.ipynb #19e09890
+# %% ../nbs/17_train.ipynb #23809968
 def _write(run: Run, net: Segmenter, record: dict, out: Path):
     "Everything that a run's folder holds; result.json last, because it says that the run is done."
     (out / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in run.logs))

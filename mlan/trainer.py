@@ -7,7 +7,7 @@ __all__ = ['processes', 'usable_device', 'autocast', 'write_whole', 'save_atomic
            'drop_checkpoints', 'read_log', 'TrainingError', 'train_loop', 'backward', 'descend', 'apply_update', 'poly',
            'segmentation_optimiser', 'critic_optimiser', 'SegmentationStep', 'TranslationStep']
 
-# %% ../nbs/15_trainer.ipynb #79f569e5
+# %% ../nbs/15_trainer.ipynb #ab31b807
 import json
 import os
 import pickle
@@ -30,7 +30,7 @@ from .region_labels import region_grid
 from .settings import Settings
 from .translation import TranslationPair
 
-# %% ../nbs/15_trainer.ipynb #5e4eebd1
+# %% ../nbs/15_trainer.ipynb #fd873400
 def processes(device: str = "auto") -> PartialState:  # of "auto", "cpu", "cuda", ...
     "The processes of this run: `.process_index`, `.num_processes`, `.is_main_process`, `.device`, `.wait_for_everyone()`."
     alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
@@ -54,7 +54,7 @@ def autocast(device: torch.device, precision: str):  # a context
         raise ValueError("precision bf16 is not in this GPU's hardware; give precision fp32")
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
 
-# %% ../nbs/15_trainer.ipynb #6155dd52
+# %% ../nbs/15_trainer.ipynb #89c3860b
 def write_whole(path: Path, write):  # function of the path to write to
     "Write a file that is there whole or not at all, whoever else writes it."
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
@@ -89,7 +89,7 @@ def load_whole(path: Path, device="cpu"):
         pass
     raise TornFile(f"{path} is torn, or no file of this package; delete it, or give another")
 
-# %% ../nbs/15_trainer.ipynb #872904b1
+# %% ../nbs/15_trainer.ipynb #c2341824
 def _random_state() -> dict:
     return {"cpu": torch.get_rng_state(), **({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})}
 
@@ -118,7 +118,7 @@ def drop_checkpoints(prefix: Path):
     for path in (Path(f"{prefix}.partial.pt"), _before(Path(f"{prefix}.partial.pt"))):
         path.unlink(missing_ok=True)
 
-# %% ../nbs/15_trainer.ipynb #4f31c65d
+# %% ../nbs/15_trainer.ipynb #afe4f915
 def _restored(parts: dict, path: Path) -> int | None:
     "Give the parts what a checkpoint holds; the step that it was written after, or None (and a warning) if it cannot be used."
     fresh = {name: deepcopy(part.state_dict()) for name, part in parts.items()}
@@ -136,7 +136,7 @@ def _restored(parts: dict, path: Path) -> int | None:
         warnings.warn(f"{path} cannot be used ({type(error).__name__}); training goes on from the checkpoint before it, if there is one",
                       stacklevel=2)
 
-
+# %% ../nbs/15_trainer.ipynb #6699311d
 def read_log(log: Path) -> list:  # of rows
     "The rows of a log; a last line that a kill cut short is left out."
     rows = []
@@ -158,7 +158,7 @@ def _resume(parts, checkpoint, log) -> int:
     processes().wait_for_everyone()
     return start
 
-# %% ../nbs/15_trainer.ipynb #63be561d
+# %% ../nbs/15_trainer.ipynb #43944739
 class TrainingError(RuntimeError):
     "Training cannot go on; the message names stage, step, and the checkpoint that is kept."
 
@@ -186,7 +186,7 @@ def _due(done, every, steps):
     "Every so many steps, and after the last one; 0 = never."
     return every > 0 and (done % every == 0 or done == steps)
 
-# %% ../nbs/15_trainer.ipynb #5116afef
+# %% ../nbs/15_trainer.ipynb #e66428f3
 def train_loop(step,  # object with .parts {name: has state_dict} and __call__(i) -> {name: scalar tensor}
                steps: int, prefix: Path,  # log is PREFIX.jsonl, checkpoint PREFIX.partial.pt
                settings: Settings, validate=None,  # function () -> mIoU on val
@@ -213,7 +213,7 @@ def train_loop(step,  # object with .parts {name: has state_dict} and __call__(i
             _keep(step.parts, done, checkpoint)
     return log
 
-# %% ../nbs/15_trainer.ipynb #a188790a
+# %% ../nbs/15_trainer.ipynb #e1123af2
 def backward(terms: dict) -> dict:  # {name: scalar} for the log
     "Send the sum of the terms backward; what has a / in its name is only logged."
     sum(v for k, v in terms.items() if "/" not in k).backward()
@@ -246,7 +246,7 @@ def apply_update(optimiser: torch.optim.Optimizer, terms: dict, clip_norm: float
     descend(optimiser, clip_norm)
     return logged
 
-# %% ../nbs/15_trainer.ipynb #0fe34556
+# %% ../nbs/15_trainer.ipynb #c9ddb208
 def poly(step: int, steps: int, power: float = 0.9) -> float:
     "The poly schedule: (1 - step / steps) ** power, and never quite zero."
     return (1 - min(step, steps - 1) / steps) ** power
@@ -273,15 +273,15 @@ def critic_optimiser(alignment: CoRegularizedAL | None, settings: Settings) -> t
         parameters = [p for c in alignment.critics for p in c.parameters()]
         return torch.optim.Adam(parameters, settings.critic_lr, (0.9, 0.99), fused=_fused(parameters))
 
-# %% ../nbs/15_trainer.ipynb #aceca806
+# %% ../nbs/15_trainer.ipynb #206a96ba
 class SegmentationStep:
     "One step of Eq. 10 for E, C_seg, C_region and C_image; without an alignment, of Eq. 2 or 14."
 
     def __init__(self, net: Segmenter, batches,  # batches(i) -> images, labels, regions of the labelled domain
                  lr: float, settings: Settings, alignment: CoRegularizedAL | None = None,
                  target=None):  # target(i) -> images of the target; needed with an alignment
-        self.net, self.batches, self.lr, self.s = net, batches, lr, settings
-        self.alignment, self.target, self.frozen_norm, self.steps = alignment, target, True, settings.schedule_steps
+        self.net, self.batches, self.lr, self.s, self.alignment, self.target = net, batches, lr, settings, alignment, target
+        self.frozen_norm, self.apart, self.steps = True, False, settings.schedule_steps     # apart: one domain at a time in any case
         self.aligns = alignment is not None and alignment.ablation.needs_target
         self.learn, self.judge = segmentation_optimiser(net, alignment, settings), critic_optimiser(alignment, settings)
         parts = {"net": net, "alignment": alignment, "learn": self.learn, "judge": self.judge}
@@ -290,55 +290,62 @@ class SegmentationStep:
             net.extractor.compile()
 
     def __call__(self, i: int) -> dict:  # named scalars for the log
-        self._prepare(i)
+        _prepare(self, i)
         images, labels, regions = self.batches(i)
         unlabelled = self.target(i) if self.aligns else None
-        together = self.aligns and self.frozen_norm and images.shape[2:] == unlabelled.shape[2:]
+        together = self.aligns and self.frozen_norm and not self.apart and images.shape[2:] == unlabelled.shape[2:]
         with autocast(images.device, self.s.precision):
-            flows = self._flows(images, regions, unlabelled) if together else [self._flow(images, regions)]
-            terms = self._source_terms(flows[0], labels) | (self._target_terms(flows[1], i) if together else {})
+            flows = _both_flows(self, images, regions, unlabelled) if together else [_flow(self, images, regions)]
+            terms = _source_terms(self, flows[0], labels) | (_target_terms(self, flows[1], i) if together else {})
         logged = backward(terms)
         if self.aligns and not together:
             with autocast(images.device, self.s.precision):
-                flows.append(self._flow(unlabelled))
-                terms = self._target_terms(flows[1], i)
+                flows.append(_flow(self, unlabelled))
+                terms = _target_terms(self, flows[1], i)
             logged |= backward(terms)
         descend(self.learn, self.s.clip_norm)
-        return logged | (self._judge(*flows) if self.judge else {})
+        return logged | (_judge(self, *flows) if self.judge else {})
 
-    def _prepare(self, i):
-        "Learning rates, and BatchNorm's mode; no gradient of the last step is left."
-        for group in self.learn.param_groups:
-            group["lr"] = self.lr * group["factor"] * poly(i, self.steps, self.s.power)
-        if self.judge:
-            self.judge.param_groups[0]["lr"] = self.s.critic_lr * poly(i, self.steps, self.s.power)
-        self.net.train()
-        if self.frozen_norm:
-            freeze_batch_norm(self.net)
-        self.learn.zero_grad(set_to_none=True)
+# %% ../nbs/15_trainer.ipynb #68e58f2e
+def _prepare(step, i):
+    "Learning rates, and BatchNorm's mode; no gradient of the last step is left."
+    decay = poly(i, step.steps, step.s.power)
+    for group in step.learn.param_groups:
+        group["lr"] = step.lr * group["factor"] * decay
+    if step.judge:
+        step.judge.param_groups[0]["lr"] = step.s.critic_lr * decay
+    step.net.train()
+    if step.frozen_norm:
+        freeze_batch_norm(step.net)
+    step.learn.zero_grad(set_to_none=True)
 
-    def _flow(self, images, regions=None):
-        return Flow(self.net.extractor(images), [region_grid(images.shape[2:], p) for p in self.s.patches], regions)
 
-    def _flows(self, images, regions, unlabelled):
-        both = self._flow(torch.cat([images, unlabelled]))
-        source, target = both.features.split([len(images), len(unlabelled)])
-        return [Flow(source, both.grids, regions), Flow(target, both.grids)]
+def _flow(step, images, regions=None):
+    return Flow(step.net.extractor(images), [region_grid(images.shape[2:], p) for p in step.s.patches], regions)
 
-    def _source_terms(self, source, labels):
-        terms = {"seg": segmentation_loss(self.net.classifier(source.features), labels)}
-        return terms | (self.alignment.source_losses(source) if self.alignment else {})
 
-    def _target_terms(self, target, i):
-        ramp = min(1.0, (i + 1) / self.s.ramp_steps) if self.s.ramp_steps else 1.0
-        return self.alignment.target_losses(target, adaptive_weight(i, self.steps, self.s.power), ramp)
+def _both_flows(step, images, regions, unlabelled):
+    both = _flow(step, torch.cat([images, unlabelled]))
+    source, target = both.features.split([len(images), len(unlabelled)])
+    return [Flow(source, both.grids, regions), Flow(target, both.grids)]
 
-    def _judge(self, source, target):
-        with autocast(target.features.device, self.s.precision):
-            terms = self.alignment.critic_losses(source, target)
-        return apply_update(self.judge, terms)
+# %% ../nbs/15_trainer.ipynb #4a65d204
+def _source_terms(step, source, labels):
+    terms = {"seg": segmentation_loss(step.net.classifier(source.features), labels)}
+    return terms | (step.alignment.source_losses(source) if step.alignment else {})
 
-# %% ../nbs/15_trainer.ipynb #7258dd6f
+
+def _target_terms(step, target, i):
+    ramp = min(1.0, (i + 1) / step.s.ramp_steps) if step.s.ramp_steps else 1.0
+    return step.alignment.target_losses(target, adaptive_weight(i, step.steps, step.s.power), ramp)
+
+
+def _judge(step, source, target):
+    with autocast(target.features.device, step.s.precision):
+        terms = step.alignment.critic_losses(source, target)
+    return apply_update(step.judge, terms)
+
+# %% ../nbs/15_trainer.ipynb #202044c7
 class TranslationStep:
     "One step of Eq. 12: generators, then critics."
 

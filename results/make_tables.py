@@ -1,7 +1,7 @@
-"""Tables of the README and the index from the records beside this file.
+"""Tables of the README, the index and the benchmarks' README from the records beside this file.
 
 python results/make_tables.py            prints them
-python results/make_tables.py --write    puts them between the marks in README.md
+python results/make_tables.py --write    puts them between the marks in README.md and benchmarks/README.md
 python results/make_tables.py --collect FOLDER FILE    writes the records of all finished runs in FOLDER to FILE first
 """
 import json
@@ -65,17 +65,62 @@ def tables() -> str:
     return "\n\n".join(parts)
 
 
-def with_tables(text: str) -> str:
-    "The README's text with fresh tables between the marks."
+def rows_of(name: str) -> list:
+    "Records of one benchmark."
+    return [json.loads(line) for line in (HERE / f"bench_{name}.jsonl").read_text().splitlines()]
+
+
+def table(heads: str, rows: list) -> str:
+    "A Markdown table; heads are separated by |."
+    return "\n".join(["| " + " | ".join(heads.split("|")) + " |", "|---" * len(heads.split("|")) + "|",
+                      *("| " + " | ".join(map(str, row)) + " |" for row in rows)])
+
+
+def shown(value, form: str = "{}") -> str:
+    return "" if value is None else form.format(value)
+
+
+def sizes_of(r: dict) -> str:
+    return "{} x {} and {} x {}".format(*r["size"], *r["target_size"])
+
+
+def benchmark_tables() -> str:
+    "A table a benchmark."
+    peer, step, regions = rows_of("peer"), rows_of("step"), rows_of("region_labels")
+    decode, scoring = rows_of("decode")[-1], rows_of("evaluation")
+    seconds = [(sizes_of(r), r["step"], shown(r["times_faster"], "{:.2f}"), f"{r['seconds']['median']:.2f}", shown(r["peak_mib"], "{:.0f}"))
+               for r in peer]
+    steps = [(r["backbone"], r["precision"], sizes_of(r), r["batch"], r["method"], shown(r["ratio"], "{:.2f}"),
+              f"{r['seconds']['median']:.3f}", f"{r['gflops']:.1f}", shown(r["peak_mib"], "{:.0f}")) for r in step]
+    maps = [(r["maps"], r["jobs"], r["seconds"], r["maps_a_second"], r["peak_mib"]) for r in regions]
+    read = [(name, rate, decode["main_process_ms_per_image"][name]) for name, rate in decode["images_per_second"].items()]
+    score = [(r["how"], r["images_a_second"], r["ratio"]) for r in scoring]
+    parts = [
+        ("**ADVENT's step beside ours**", table("source and target, pixels|step|times faster|seconds|MiB", seconds), peer[0]),
+        ("**Steps**: ratio to source only with target forward", table(
+            "backbone|precision|source and target, pixels|batch|method|ratio|seconds|Gflop|MiB", steps), step[0]),
+        ("**Region labels** at 720 x 1280", table("maps|processes|seconds|maps a second|MiB", maps), regions[0]),
+        ("**Decoding** {} x {} to {} x {}".format(*decode["frame_size"], *decode["size"]), table(
+            "from|images a second|ms an image in the training process", read), decode),
+        ("**Scoring**", table("how|images a second|times faster", score), scoring[0])]
+    return "\n\n".join(f"{title}, {r.get('device', r.get('machine'))}:\n\n{made}" for title, made, r in parts)
+
+
+MADE = {"README.md": tables, "benchmarks/README.md": benchmark_tables}
+
+
+def with_tables(text: str, make=tables) -> str:
+    "A page's text with fresh tables between the marks."
     before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n{tables()}\n{END}{rest.split(END)[1]}"
+    return f"{before}{BEGIN}\n{make()}\n{END}{rest.split(END)[1]}"
 
 
 if __name__ == "__main__":
-    readme = HERE.parent / "README.md"
     if "--collect" in sys.argv:
         collect(*map(Path, sys.argv[2:4]))
-    elif "--write" in sys.argv:
-        readme.write_text(with_tables(readme.read_text()))
-    else:
-        print(tables())
+    for page, make in MADE.items():
+        if "--write" in sys.argv:
+            path = HERE.parent / page
+            path.write_text(with_tables(path.read_text(), make))
+        elif "--collect" not in sys.argv:
+            print(make())

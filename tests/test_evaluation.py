@@ -1,6 +1,8 @@
-"Evaluation against oracles that others wrote, degenerate sets, native sizes."
+"Evaluation against oracles that others wrote, degenerate sets, native sizes; reading ahead, shards, and a device that is not asked."
 import json
 import math
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -9,7 +11,8 @@ from sklearn.metrics import confusion_matrix as sklearn_matrix
 from sklearn.metrics import jaccard_score
 from torchmetrics.classification import MulticlassJaccardIndex
 
-from mlan.evaluation import (SYNTHIA_13, Scores, class_iou, confusion_matrix, evaluate, mean_iou, predict_labels)
+import mlan.evaluation as evaluation
+from mlan.evaluation import SYNTHIA_13, Scores, class_iou, confusion_matrix, evaluate, mean_iou, network_input, predict_labels
 
 IGNORE = 255
 NAMES = ("road", "sidewalk", "building", "wall", "sky")
@@ -150,6 +153,137 @@ def test_logits_are_resized_before_argmax():
         return predict_labels(torch.tensor([[[3., 0.]], [[0., weak]]]), (1, 4)).tolist()
     assert columns(.8) == [[0, 0, 0, 1]]  # argmax first, or nearest, would give 0 0 1 1
     assert columns(1.2) == [[0, 0, 1, 1]]  # align_corners would give 0 0 0 1
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 7])
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_shards_add_up(world, batch_size):
+    whole = evaluate(coarse_reader, Set(SIZES), LUT, NAMES, (32, 64))
+    parts = [evaluate(coarse_reader, Set(SIZES), LUT, NAMES, (32, 64), batch_size=batch_size, shard=(rank, world)) for rank in range(world)]
+    assert whole.miou < 100 and torch.equal(sum(parts[1:], parts[0]).matrix, whole.matrix)
+    pixels = [sum(h * w for h, w in SIZES[rank::world]) for rank in range(world)]
+    assert [part.matrix.sum().item() for part in parts] == pixels and parts[0].matrix.dtype == torch.int64
+
+
+def coarse_reader(images):
+    "The same at a quarter of the size, so that borders are wrong."
+    return torch.nn.functional.avg_pool2d(reader(images), 4)
+
+
+def plain_matrix(data, size):
+    "One image after the other, as a reader would write it."
+    total = torch.zeros(5, 5, dtype=torch.int64)
+    for i in range(len(data)):
+        logits = coarse_reader(network_input(data.image(i), size)[None])
+        labels = torch.tensor(LUT[data.labels(i)])
+        full = torch.nn.functional.interpolate(logits, size=labels.shape, mode="bilinear")
+        total += confusion_matrix(full[0].argmax(0), labels, 5)
+    return total
+
+
+@pytest.mark.parametrize("how", [{}, dict(batch_size=1), dict(batch_size=3, threads=1), dict(threads=16), dict(batch_size=64)])
+def test_equals_the_plain_loop(how, monkeypatch):
+    expected = plain_matrix(Set(SIZES), (32, 64))
+    assert torch.equal(evaluate(coarse_reader, Set(SIZES), LUT, NAMES, (32, 64), **how).matrix, expected)
+    monkeypatch.setattr(evaluation, "_AT_ONCE", 1)  # the least memory: a label map at a time
+    assert torch.equal(evaluate(coarse_reader, Set(SIZES), LUT, NAMES, (32, 64), **how).matrix, expected)
+
+
+def test_the_network_gets_the_pixels_of_training_in_order():
+    data, seen = Set(SIZES), []
+    evaluate(lambda x: seen.append(x.clone()) or reader(x), data, LUT, NAMES, (24, 40), batch_size=2)
+    assert [len(x) for x in seen] == [2, 2, 1]
+    assert torch.equal(torch.cat(seen), torch.stack([network_input(data.image(i), (24, 40)) for i in range(5)]))
+
+
+class Watched(Set):
+    "Notes which images were read, and by which thread."
+    def __init__(self, n):
+        super().__init__([(16, 32)])
+        self.n, self.read, self.threads = n, [], set()
+
+    def __len__(self):
+        return self.n
+
+    def image(self, i):
+        self.read.append(i)
+        self.threads.add(threading.get_ident())
+        return super().image(0)
+
+    def labels(self, i):
+        return super().labels(0)
+
+
+def test_reads_ahead_but_not_too_far():
+    data, ahead = Watched(40), []
+
+    def predict(images):
+        "The network of batch k is not done before batch k + 1 has been read: a reader that waited for it would never be."
+        wanted, give_up = min(40, 2 * (len(ahead) + 2)), time.time() + 20
+        while len(data.read) < wanted and time.time() < give_up:
+            time.sleep(.001)
+        time.sleep(.01)
+        ahead.append(len(data.read) - 2 * (len(ahead) + 1))
+        assert len(data.read) >= wanted
+        return reader(images)
+
+    evaluate(predict, data, LUT, NAMES, (16, 32), batch_size=2, threads=4)
+    assert sorted(data.read) == list(range(40)) and threading.get_ident() not in data.threads
+    assert max(ahead) <= 8  # four batches beyond the one that is scored, at most
+
+
+def test_the_device_is_asked_nothing_until_the_end():
+    "On the device `meta` no tensor has a value, so whoever asks for one fails."
+    calls = []
+
+    def predict(images):
+        calls.append(images.device.type)
+        return torch.empty(len(images), 5, 8, 16, device="meta")
+
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        evaluate(predict, Set(SIZES), LUT, NAMES, (32, 64), batch_size=2, device="meta")
+    assert calls == ["meta"] * 3
+
+
+def test_a_file_that_cannot_be_read_stops_the_count():
+    class Torn(Watched):
+        def labels(self, i):
+            if i == 7:
+                raise OSError("image file is truncated: 7.png")
+            return super().labels(i)
+
+    with pytest.raises(OSError, match="7.png"):
+        evaluate(reader, Torn(12), LUT, NAMES, (16, 32), batch_size=2)
+
+
+def test_labels_of_another_type_and_stray_ids():
+    class Wide(Watched):
+        def labels(self, i):
+            return super().labels(i).astype(np.int64)
+
+    with pytest.raises(ValueError, match=r"labels\(0\) of the data set are int64, expected uint8"):
+        evaluate(reader, Wide(2), LUT, NAMES, (16, 32))
+    stray = LUT.copy()
+    stray[Set([(16, 32)]).labels(0).max()] = 9
+    with pytest.raises(ValueError, match="turns the id 1[0-4] into 9, expected 0 to 4 or 255"):
+        evaluate(reader, Watched(2), stray, NAMES, (16, 32))
+    stray[:] = 77
+    stray[10:15] = range(5)
+    assert evaluate(reader, Watched(2), stray, NAMES, (16, 32)).miou == 100  # ids that do not occur may be anything
+    with pytest.raises(TypeError, match="batchsize"):
+        evaluate(reader, Watched(2), LUT, NAMES, (16, 32), batchsize=2)
+    for shard in ((1, 1), (-1, 2), (0, 0)):
+        with pytest.raises(ValueError, match="0 <= rank < world"):
+            evaluate(reader, Watched(2), LUT, NAMES, (16, 32), shard=shard)
+
+
+def test_predict_labels_of_a_batch():
+    logits = torch.randn(3, 5, 7, 9)
+    batch = predict_labels(logits, (20, 31))
+    assert batch.shape == (3, 20, 31) and batch.dtype == torch.int64
+    assert all(torch.equal(predict_labels(each, (20, 31)), guess) for each, guess in zip(logits, batch))
+    ties = predict_labels(torch.zeros(5, 2, 2), (4, 4))
+    assert torch.equal(ties, torch.zeros(4, 4, dtype=torch.int64))  # the first of equals, as argmax has it
 
 
 class Broken(Set):

@@ -1,5 +1,6 @@
 """The paper's profile, method by method and backbone by backbone: three steps on small trees in the official layouts."""
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ from trees import write_cityscapes, write_gta5, write_synthia
 
 from mlan.command_line import main
 from mlan.dry_run import dry_run, segmentation_step, step_cost
-from mlan.settings import PLANS, PROFILES, Settings, make_settings
+from mlan.settings import PLANS, PROFILES, make_settings
 from mlan.train import load_segmenter, run_mlan
 
 # what is made small: images, steps, and what so few patches ask of DBSCAN. All else is the paper's.
@@ -62,7 +63,7 @@ def test_the_paper_s_numbers():
     assert (s.steps, s.schedule_steps, s.warmup_steps, s.backbone, s.weights) == (120_000, 250_000, 0, "resnet101", "imagenet")
     assert (s.map_weights, s.reading, s.pooling, s.critic_width, s.ramp_steps, s.clip_norm) == ("raw", "entropy", "resize", 64, 0, 0.)
     assert set(PROFILES["paper"]) <= {"workers"}, "the defaults of Settings are the paper's"
-    assert Settings() == Settings(profile="quick")
+    assert make_settings("synthia:/data", "cityscapes", profile="paper").size == (760, 1280)
 
 
 def test_a_dry_run_trains_nothing_and_says_what_would_be(trees, tmp_path, capsys):
@@ -92,7 +93,7 @@ def test_every_ablation_fits_twelve_gigabytes(backbone, source_size):
 
 def test_checkpointing_and_mixed_precision_need_less():
     s = make_settings("a", "b", profile="paper", size=(256, 512), target_size=(256, 512), patches=(16, 32, 64))
-    plain, half, again = (step_cost(lambda c=c: segmentation_step(make_settings("a", "b", profile="paper", size=s.size, patches=s.patches,
-                          target_size=s.target_size, **c), "cr_al", 19, s.size)) for c in ({}, {"precision": "bf16"}, {"checkpointing": True}))
+    changes = ({}, {"precision": "bf16"}, {"checkpointing": True})
+    plain, half, again = (step_cost(lambda c=c: segmentation_step(replace(s, **c), "cr_al", 19, s.size)) for c in changes)
     assert half.peak < .7 * plain.peak and again.peak < .8 * plain.peak
     assert half.flops == plain.flops and 1.1 < again.flops / plain.flops < 1.4

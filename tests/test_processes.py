@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from mlan.co_regularized_al import ABLATIONS, AlignmentSettings, CoRegularizedAL
+from mlan.co_regularized_al import ABLATIONS, AlignmentSettings, CoRegularizedAL, map_weight
 from mlan.networks import Segmenter, SmallExtractor
 from mlan.samples import Stream
 from mlan.settings import make_settings
@@ -17,13 +17,17 @@ from mlan.stages import Share
 from mlan.train import run_mlan
 from mlan.trainer import SegmentationStep
 
+MAPS = torch.arange(4 * 2 * 3).view(4, 2, 3).float()
+
 STEPS = """
 import sys, torch
 sys.path.insert(0, {folder!r})
-from test_processes import ends_of_steps
+from test_processes import MAPS, ends_of_steps
+from mlan.co_regularized_al import map_weight
 from mlan.trainer import processes
 team = processes("cpu")
 ends = ends_of_steps({method!r}, {wide}, 2, team.process_index, team.num_processes)
+ends["maps"] = map_weight(MAPS[2 * team.process_index :][:2], "normalised")
 torch.save(ends, f"{out}/{{team.process_index}}.pt")
 """
 
@@ -84,6 +88,7 @@ def test_two_processes_at_batch_2_are_one_at_batch_4(method, wide, tmp_path):
     fresh = ends_of_steps(method, wide, 2, 0, 1)
     assert all(torch.equal(a, b) for a, b in zip(first["moves"], second["moves"]))
     assert max(apart(first, alone)) < .01 < .1 < np.median(apart(fresh, alone))      # and half the batch alone does not pass
+    torch.testing.assert_close(torch.cat([first["maps"], second["maps"]]), map_weight(MAPS, "normalised"))
     for step in range(3):
         for name, value in alone["logs"][step].items():
             assert np.mean([r["logs"][step][name] for r in (first, second)]) == pytest.approx(value, rel=1e-3, abs=1e-5)

@@ -55,13 +55,13 @@ def test_truncated_images_are_named(tmp_path, suffix, kept):
 
 
 def test_check_lists_all_that_is_wrong_with_sizes(tmp_path):
-    ds = pairs_of(write_tree(tmp_path, 40))
-    for i in range(0, 26, 2):
+    ds = pairs_of(write_tree(tmp_path, 150))
+    for i in range(0, 130, 10):
         Image.new("L", (19, 12)).save(tmp_path / "labels" / f"{i:03d}.png")
     with pytest.raises(DataError) as caught:
         check_dataset(ds, decode=1)
     said = str(caught.value).splitlines()
-    assert said[0] == "13 of 40 pairs can't be trained on:" and said[-1] == "  and 3 more" and len(said) == 12
+    assert said[0] == "13 of 150 pairs can't be trained on:" and said[-1] == "  and 3 more" and len(said) == 12
     assert "000.png is (12, 20) and its labels (12, 19)" in said[1]
 
 
@@ -263,9 +263,15 @@ def test_splits_that_were_not_prepared_are_the_originals(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     opened = [open_dataset("prepared:ready", split) for split in SPLITS]
     assert [len(ds) for ds in opened] == [5, 2, 2] and [ds.labels(0).shape for ds in opened] == [(32, 64), (64, 128), (64, 128)]
-    assert [s[:3] for s in opened[1].stems] == ["ulm"] * 2 and open_dataset("prepared:ready", n=2).name(1) == opened[0].name(2)
-    prepare(f"cityscapes:{tmp_path}/data/cityscapes", (32, 64), tmp_path / "ready", "test")
-    assert open_dataset("prepared:ready", "test").labels(0).shape == (32, 64)
+    two = open_dataset("prepared:ready", n=2)
+    assert [s[:3] for s in opened[1].stems] == ["ulm"] * 2 and two.name(1) == opened[0].name(2)
+    assert (two.labels(1) == opened[0].labels(2)).all() and (two.image(1) == opened[0].image(2)).all()
+    prepare("cityscapes:data/cityscapes", (32, 64), tmp_path / "ready", "test")
+    monkeypatch.chdir("/")
+    assert open_dataset(f"prepared:{tmp_path}/ready", "test").labels(0).shape == (32, 64)
+    prepare(f"cityscapes:{os.path.relpath(tmp_path)}/data/cityscapes", (32, 64), tmp_path / "other")
+    monkeypatch.chdir(tmp_path)
+    assert len(open_dataset("prepared:other", "val")) == 2
 
 
 def test_an_unlabelled_set_and_an_object_are_prepared_too(tmp_path):
@@ -366,6 +372,17 @@ def test_workers_stay_and_read_ahead(tmp_path):
             break
         time.sleep(0.05)
     assert read >= 6, "two were asked for, and more are read already"
+
+
+def test_workers_do_not_hoard(tmp_path):
+    class Telling(Held):
+        def image(self, i):
+            with open(tmp_path / "read", "a") as file:
+                file.write("read ")
+            return self.images[i]
+    held = Telling([np.zeros((4, 4, 3), np.uint8)], [np.zeros((4, 4), np.uint8)])
+    batches(Loader(Samples(held, (4, 4)), Stream(1, 1), 1), range(5))
+    assert len((tmp_path / "read").read_text().split()) >= 5
 
 
 def test_samples_in_memory_need_no_workers():

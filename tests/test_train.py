@@ -80,7 +80,7 @@ def test_a_run_killed_at_random_times_ends_as_the_undisturbed_one(kills, tmp_pat
     whole = run_mlan(*PAIR, "mlan", out=tmp_path / "whole", progress=False, **settings)
     usual, done = time.time() - began, []
     random = np.random.default_rng()
-    for kill in range(kills):
+    for _ in range(kills):
         process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         process.stdout.readline()                                 # imports are done, the run begins
         time.sleep(random.uniform(0, 1.5 * usual / kills))       # each kill leaves a little more behind, on average
@@ -92,7 +92,7 @@ def test_a_run_killed_at_random_times_ends_as_the_undisturbed_one(kills, tmp_pat
     assert record["matrix"] == whole.record["matrix"], done
     killed, undisturbed = (weights_of(tmp_path / k) for k in ("killed", "whole"))
     assert all(torch.equal(killed[name], undisturbed[name]) for name in undisturbed), done
-    assert not [p for p in (tmp_path / "killed").rglob("*.part")]
+    assert not list((tmp_path / "killed").rglob("*.part"))
 
 
 @pytest.mark.parametrize("tear", [lambda b: b[:len(b) // 2], lambda b: b"", lambda b: b[:4000] + bytes([b[4000] ^ 1]) + b[4001:],
