@@ -6,7 +6,7 @@
 __all__ = ['MAP_WEIGHTS', 'ABLATIONS', 'resize_map', 'region_consistency_map', 'image_consistency_map', 'map_weight',
            'regularized_entropy', 'regularized_image', 'Ablation', 'AlignmentSettings', 'Flow', 'CoRegularizedAL']
 
-# %% ../nbs/08_co_regularized_al.ipynb #eb94394f
+# %% ../nbs/08_co_regularized_al.ipynb #a8c7a9eb
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,7 @@ from .image_al import domain_loss, image_alignment_map
 from .networks import DomainClassifier, RegionClassifier, frozen, over_processes, resize
 from .region_al import entropy_loss, region_entropy_map, region_logits, region_loss
 
-# %% ../nbs/08_co_regularized_al.ipynb #b2c2aaf8
+# %% ../nbs/08_co_regularized_al.ipynb #0283c767
 def resize_map(maps: Tensor,  # (B, u, v)
                grid: tuple,  # (I, J)
                ) -> Tensor:  # (B, I, J)
@@ -35,7 +35,7 @@ def image_consistency_map(target_logits: Tensor,  # (B, 1, U, V) from C_image
     "M_image (ILCM) of Eq. 7: 1 - log C(E(x_t))."
     return 1 + image_alignment_map(target_logits).detach()
 
-# %% ../nbs/08_co_regularized_al.ipynb #a2c20108
+# %% ../nbs/08_co_regularized_al.ipynb #30fb70f1
 MAP_WEIGHTS = ("raw", "normalised", "shuffled")
 
 
@@ -53,7 +53,7 @@ def map_weight(maps: Tensor,  # (B, I, J), detached
     order = torch.rand(maps.flatten(1).shape, device=maps.device).argsort(1)
     return maps.flatten(1).gather(1, order).view_as(maps)
 
-# %% ../nbs/08_co_regularized_al.ipynb #8cf79e66
+# %% ../nbs/08_co_regularized_al.ipynb #93d0f8f9
 def regularized_entropy(maps: list,  # per level (B, I, J), from `region_entropy_map`
                         image_map: Tensor | None,  # M_image (B, 3, 3), or None for Eq. 4
                         variant: str = "raw") -> Tensor:  # scalar
@@ -71,7 +71,7 @@ def regularized_image(alignment: Tensor,  # -log C(E(x_t)) (B, 3, 3), from `imag
         return alignment.mean()
     return (resize_map(alignment, region_map.shape[-2:]) * map_weight(region_map, variant)).mean()
 
-# %% ../nbs/08_co_regularized_al.ipynb #04d8f902
+# %% ../nbs/08_co_regularized_al.ipynb #9c238e9a
 @dataclass(frozen=True)
 class Ablation:
     "A row of Table 1: which terms of Eq. 10 reach E."
@@ -102,7 +102,7 @@ ABLATIONS = {
     "cr_al": Ablation(region=True, entropy="regularized", image="regularized"),
 }
 
-# %% ../nbs/08_co_regularized_al.ipynb #7ecc283b
+# %% ../nbs/08_co_regularized_al.ipynb #4d2d016b
 @dataclass(frozen=True)
 class AlignmentSettings:
     "Weights and readings of Eq. 10."
@@ -122,7 +122,7 @@ class Flow:
     grids: list  # per level (I, J), finest first
     regions: list | None = None  # source only: per level int64 (B, I, J), 255 = none
 
-# %% ../nbs/08_co_regularized_al.ipynb #cac85acb
+# %% ../nbs/08_co_regularized_al.ipynb #37b935b4
 class _Classifiers(nn.Module):
     def __init__(self, ablation: Ablation,
                  channels: int,  # of E's features
@@ -152,7 +152,7 @@ class _Classifiers(nn.Module):
         region = region_consistency_map([region_entropy_map(level, lambda_r) for level in logits])
         return region, image_consistency_map(self.domain_classifier(target.features))
 
-# %% ../nbs/08_co_regularized_al.ipynb #a308ed8e
+# %% ../nbs/08_co_regularized_al.ipynb #f6c00a81
 def _region_side(al, target, lambda_r):
     "Entropy maps a level (with gradient, reversed, where L_ent is played) and M_region; None where not needed."
     a = al.ablation
@@ -171,10 +171,10 @@ def _image_side(al, target):
     if not a.needs_critic:
         return None, None
     with torch.set_grad_enabled(torch.is_grad_enabled() and a.image != "none"), frozen(al.domain_classifier):
-        logits = al.domain_classifier(target.features)
+        logits = al.domain_classifier(target.features).float()
         return image_alignment_map(logits), image_consistency_map(logits)
 
-# %% ../nbs/08_co_regularized_al.ipynb #f5e0852f
+# %% ../nbs/08_co_regularized_al.ipynb #34d93982
 class CoRegularizedAL(_Classifiers):
     "C_region (three levels), C_image and the terms that they add to L_seg: Eq. 3 to 10 with the switches of Table 1."
 
@@ -206,5 +206,5 @@ class CoRegularizedAL(_Classifiers):
         "C_image's side of Eq. 6, on features that are detached here."
         if not self.ablation.needs_critic:
             return {}
-        told = [self.domain_classifier(flow.features.detach()) for flow in (source, target)]
+        told = [self.domain_classifier(flow.features.detach()).float() for flow in (source, target)]
         return {"critic": domain_loss(*told), "health/target_log_c": image_alignment_map(told[1].detach()).mean()}

@@ -6,7 +6,7 @@
 __all__ = ['DEMO', 'command_run', 'command_check', 'command_prepare', 'command_evaluate', 'command_predict', 'demo',
            'command_demo', 'command_report', 'main']
 
-# %% ../nbs/19_command_line.ipynb #e139e10d
+# %% ../nbs/19_command_line.ipynb #2c1c83df
 import argparse
 import json
 import os
@@ -29,7 +29,7 @@ from .settings import CHOICES, PLANS, PROFILES, QUICK, Settings
 from .train import load_segmenter, report_runs, run_mlan
 from .trainer import TrainingError, processes
 
-# %% ../nbs/19_command_line.ipynb #28114dc6
+# %% ../nbs/19_command_line.ipynb #a60adf35
 def _add_settings(parser):
     "A flag for every field of Settings that isn't an argument of its own."
     for f in fields(Settings):
@@ -54,7 +54,7 @@ def command_run(args) -> None:
         print(comparison_table({result.record["method"]: result.record}))
     print(f"\nreport: {result.out / 'report.html'}   weights: {result.out / 'checkpoint.pt'}")
 
-# %% ../nbs/19_command_line.ipynb #9f9383b3
+# %% ../nbs/19_command_line.ipynb #99374bad
 def command_check(args) -> None:
     "Read the files of a data set; print what is there, split by split."
     for split in args.splits or ("train", "val", "test"):
@@ -74,14 +74,14 @@ def command_check(args) -> None:
         for warning in found["warnings"]:
             print(f"  note: {warning}")
 
-# %% ../nbs/19_command_line.ipynb #a93a956e
+# %% ../nbs/19_command_line.ipynb #57c24bd5
 def command_prepare(args) -> None:
     "Resize a data set once, so that training need not decode it; one that was stopped goes on."
     for split in args.splits:
         ready = prepare(args.data, args.size, args.out, split, workers=os.cpu_count(), progress=not args.quiet)
         print(f"{args.data} {split}: {len(ready)} images of {args.size} in {ready.folder}; open it as prepared:{args.out}")
 
-# %% ../nbs/19_command_line.ipynb #1de7b966
+# %% ../nbs/19_command_line.ipynb #d1f8fe2d
 def command_evaluate(args) -> None:
     "Score a checkpoint on a labelled split."
     net, about = load_segmenter(args.checkpoint, args.device)
@@ -108,7 +108,7 @@ def command_predict(args) -> None:
     (out / "classes.json").write_text(json.dumps(dict(enumerate(about["classes"])), indent=1))
     print(f"{len(photos)} images labelled in {out}: ids/ (class numbers), colors/, classes.json")
 
-# %% ../nbs/19_command_line.ipynb #96e03ced
+# %% ../nbs/19_command_line.ipynb #5ddc2a73
 DEMO = ("source_only", "cr_al", "mlan", "oracle")
 
 
@@ -135,12 +135,12 @@ def command_demo(args) -> None:
     print(comparison_table({m: r.record for m, r in results.items()}))
     print(f"\nCR-AL against source only: {gain:+.1f} points.   Pictures, curves, settings: {Path(args.out) / 'report.html'}")
 
-# %% ../nbs/19_command_line.ipynb #eb2e0c70
+# %% ../nbs/19_command_line.ipynb #815993ec
 def command_report(args) -> None:
     "One report on several runs of a pair."
     print(report_runs(args.runs, args.out))
 
-# %% ../nbs/19_command_line.ipynb #e422a0a9
+# %% ../nbs/19_command_line.ipynb #0ba731dd
 def _command(commands, function, help, **flags):
     "A subcommand that calls the function; a flag with nargs and no default is an argument by position."
     sub = commands.add_parser(function.__name__.removeprefix("command_"), help=help, description=function.__doc__)
@@ -172,7 +172,7 @@ def _parser():
     command(command_demo, "watch the method on built-in scenes", out={"default": "runs/demo"}, seed={"default": "0"})
     return parser
 
-# %% ../nbs/19_command_line.ipynb #3bb418e0
+# %% ../nbs/19_command_line.ipynb #33849121
 def main(argv: list | None = None) -> int:  # exit status: 0, or 2 where the input was wrong
     "The `mlan` command."
     args = _parser().parse_args(argv)

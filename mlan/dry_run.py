@@ -6,7 +6,7 @@
 __all__ = ['LiveMemory', 'StepCost', 'step_cost', 'segmentation_step', 'translation_step', 'arithmetic_rate', 'StageEstimate',
            'estimate', 'DryRun', 'dry_run']
 
-# %% ../nbs/18_dry_run.ipynb #0f3b49f6
+# %% ../nbs/18_dry_run.ipynb #6028ce40
 import gc
 import math
 import textwrap
@@ -32,7 +32,7 @@ from .stages import alignment_settings, dataset_name, open_datasets
 from .trainer import SegmentationStep, TranslationStep, usable_device
 from .translation import TranslationPair, TranslationSettings
 
-# %% ../nbs/18_dry_run.ipynb #a6009b5b
+# %% ../nbs/18_dry_run.ipynb #685e906e
 class LiveMemory(TorchDispatchMode):
     "Counts the bytes of tensors that are alive: `.live` now, `.peak` at most."
 
@@ -56,7 +56,7 @@ class LiveMemory(TorchDispatchMode):
     def _forget(self, size):
         self.live -= size
 
-# %% ../nbs/18_dry_run.ipynb #c2263713
+# %% ../nbs/18_dry_run.ipynb #7f4f94b2
 @dataclass(frozen=True)
 class StepCost:
     "One training step."
@@ -82,7 +82,7 @@ def step_cost(make_step,  # function () -> step object, called among fake tensor
     forget_matrices()
     return StepCost(counter.get_total_flops(), memory.peak)
 
-# %% ../nbs/18_dry_run.ipynb #1912e351
+# %% ../nbs/18_dry_run.ipynb #1bd3db89
 def segmentation_step(s: Settings, ablation: str,  # a key of ABLATIONS
                       classes: int, size: tuple,  # (H, W) of the labelled images
                       device="cpu") -> SegmentationStep:
@@ -103,7 +103,7 @@ def translation_step(s: Settings) -> TranslationStep:
     source, target = torch.rand(n, 3, *s.size), torch.rand(n, 3, *s.target_size)
     return TranslationStep(pair, lambda i: source, lambda i: (target, None), s)
 
-# %% ../nbs/18_dry_run.ipynb #a34ea1c8
+# %% ../nbs/18_dry_run.ipynb #e94c75df
 def arithmetic_rate(s: Settings, device: torch.device, most: float = 3e11, repeats: int = 3) -> float:
     "FLOP a second that the device reaches on a source-only step of at most so many FLOP."
     for shrink in (1, 2, 4, 8):
@@ -119,7 +119,7 @@ def arithmetic_rate(s: Settings, device: torch.device, most: float = 3e11, repea
         times.append(time.perf_counter() - began)
     return cost.flops / min(times[1:])
 
-# %% ../nbs/18_dry_run.ipynb #16cb7f5c
+# %% ../nbs/18_dry_run.ipynb #c94ee48b
 @dataclass(frozen=True)
 class StageEstimate:
     "A stage of a run."
@@ -132,14 +132,15 @@ class StageEstimate:
 def _training(stage, steps, cost, rate):
     return StageEstimate(stage, f"{steps} steps", steps * cost.flops / rate, cost.gib)
 
-# %% ../nbs/18_dry_run.ipynb #e22407cc
+# %% ../nbs/18_dry_run.ipynb #9c4749ad
 def estimate(s: Settings, images: dict,  # {"source", "target", "val", "test": how many}
              classes: int, rate: float,  # FLOP a second
              map_seconds: float = 0.0,  # of region labels for one map
              ) -> list:  # of StageEstimate, in the order of `walk`
     "Time and memory of all stages of a method."
     plan, stages = PLANS[s.method], []
-    plain = step_cost(lambda: segmentation_step(s, "source_only", classes, s.size))
+    learnt = s.target_size if s.method == "oracle" else s.size
+    plain = step_cost(lambda: segmentation_step(s, "source_only", classes, learnt))
     tuning = step_cost(lambda: segmentation_step(s, "source_only", classes, s.target_size))
     forward = tuning.flops / 3 / s.batch_size / rate            # seconds for one target image
     if ABLATIONS[plan.ablation].needs_regions:
@@ -161,7 +162,7 @@ def estimate(s: Settings, images: dict,  # {"source", "target", "val", "test": h
     scored = images["val"] + images["test"]
     return [*stages, StageEstimate("scoring", f"{scored} images", scored * forward)]
 
-# %% ../nbs/18_dry_run.ipynb #d0cbfe41
+# %% ../nbs/18_dry_run.ipynb #5ade84e0
 @dataclass(frozen=True)
 class DryRun:
     "What a run would be."
@@ -188,7 +189,7 @@ def _duration(seconds):
     units = {"d": 86400, "h": 3600, "min": 60, "s": 1}
     return next(f"{seconds / unit:.1f} {name}" for name, unit in units.items() if seconds >= unit or unit == 1)
 
-# %% ../nbs/18_dry_run.ipynb #0ab71499
+# %% ../nbs/18_dry_run.ipynb #826a9515
 def dry_run(source, target, method: str = "mlan", profile: str = "quick",
             files: int = 200,  # so many files of a split are read; all are listed
             **overrides,  # any field of Settings
@@ -199,7 +200,8 @@ def dry_run(source, target, method: str = "mlan", profile: str = "quick",
     space, *opened = open_datasets(s, source, target)
     data = {split: check_dataset(ds, decode=files) for split, ds in zip(("source", "target", "val", "test"), opened)}
     shared = shared_classes(space, opened[1].space)
-    samples = Samples(opened[0], s.size, shared.source_lut if s.method != "oracle" else shared.target_lut)
+    oracle = s.method == "oracle"
+    samples = Samples(opened[0], s.target_size if oracle else s.size, shared.target_lut if oracle else shared.source_lut)
     decode, labelling = _seconds(lambda: samples[0]), 0.0
     if ABLATIONS[PLANS[s.method].ablation].needs_regions:
         labels = samples[0][1].numpy().astype(np.uint8)
@@ -208,7 +210,7 @@ def dry_run(source, target, method: str = "mlan", profile: str = "quick",
     stages = estimate(s, images, len(shared.classes), arithmetic_rate(s, device), labelling)
     return DryRun(s, data, shared.classes, stages, _notes(s, data, stages, images, decode))
 
-# %% ../nbs/18_dry_run.ipynb #35276ef1
+# %% ../nbs/18_dry_run.ipynb #ff6daf29
 def _seconds(do) -> float:
     began = time.perf_counter()
     do()

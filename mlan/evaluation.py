@@ -6,7 +6,7 @@
 __all__ = ['SYNTHIA_13', 'confusion_matrix', 'class_iou', 'mean_iou', 'network_input', 'predict_labels', 'Scores', 'score_row',
            'percent', 'Scoring', 'evaluate']
 
-# %% ../nbs/12_evaluation.ipynb #f298a573
+# %% ../nbs/12_evaluation.ipynb #4f9522af
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from .streets import IGNORE
 
-# %% ../nbs/12_evaluation.ipynb #73900808
+# %% ../nbs/12_evaluation.ipynb #1205dc2d
 def confusion_matrix(
     prediction: Tensor, # (...), class ids 0..K-1
     labels: Tensor, # the same shape, class ids 0..K-1, 255 = ignored
@@ -41,7 +41,7 @@ def confusion_matrix(
     cell = torch.where(ignored, n_classes ** 2, labels * n_classes + prediction)
     return torch.bincount(cell.flatten(), minlength=n_classes ** 2 + 1)[:-1].view(n_classes, n_classes)
 
-# %% ../nbs/12_evaluation.ipynb #4931996c
+# %% ../nbs/12_evaluation.ipynb #213ce1be
 def class_iou(
     matrix: Tensor, # (K, K), rows the truth, columns the prediction
 ) -> Tensor: # (K,) float64, percent; NaN for a class in neither truth nor prediction
@@ -50,7 +50,7 @@ def class_iou(
     hit = matrix.diagonal()
     return 100 * hit / (matrix.sum(0) + matrix.sum(1) - hit)
 
-# %% ../nbs/12_evaluation.ipynb #e5824386
+# %% ../nbs/12_evaluation.ipynb #3dd43728
 SYNTHIA_13 = ("road", "sidewalk", "building", "traffic light", "traffic sign", "vegetation", "sky",
               "person", "rider", "car", "bus", "motorcycle", "bicycle")
 
@@ -68,7 +68,7 @@ def mean_iou(
         iou = iou[[list(classes).index(name) for name in subset]]
     return iou.nanmean().item()
 
-# %% ../nbs/12_evaluation.ipynb #0f5f7d1c
+# %% ../nbs/12_evaluation.ipynb #9837c725
 def _resized(image: np.ndarray, size: tuple[int, int]) -> Tensor: # (height, width, 3) uint8
     "Bilinear and antialiased, as in training."
     return torch.from_numpy(np.array(Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.BILINEAR)))
@@ -89,7 +89,7 @@ def predict_labels(
     full = F.interpolate(logits.float(), size=tuple(size), mode="bilinear", align_corners=False)
     return full.max(1).indices # argmax, several times faster on a CPU
 
-# %% ../nbs/12_evaluation.ipynb #0eefcd0f
+# %% ../nbs/12_evaluation.ipynb #a0558a6f
 @dataclass(frozen=True, eq=False)
 class Scores:
     "What a whole data set says of one model: its confusion matrix, and all that follows from it."
@@ -118,7 +118,7 @@ class Scores:
         names, values = score_row(self).keys(), map(percent, score_row(self).values())
         return "\n".join(f"| {' | '.join(cells)} |" for cells in (names, ["---:"] * len(names), values))
 
-# %% ../nbs/12_evaluation.ipynb #7af46232
+# %% ../nbs/12_evaluation.ipynb #882951f8
 def score_row(
     scores: Scores | dict, # or the record that `Scores.record` gives
 ) -> dict[str, float | None]: # {"mIoU": percent, class: percent or None, ...}
@@ -131,17 +131,25 @@ def percent(value: float | None) -> str: # one decimal, "-" where there is no va
     "A score as tables show it."
     return "-" if value is None else f"{value:.1f}"
 
-# %% ../nbs/12_evaluation.ipynb #c78cc314
+# %% ../nbs/12_evaluation.ipynb #1b5641fd
 @dataclass(frozen=True)
 class Scoring:
     "How a data set is walked through; the scores are the same whatever it says."
-    batch_size: int = 8 # images in one forward
+    batch_size: int = 8 # images in one forward, at most
     device: str | torch.device = "cpu"
     shard: tuple[int, int] = (0, 1) # (rank, world): images rank, rank + world, rank + 2 world, ... only
     threads: int = 4 # that read images ahead
     progress: bool = False # show a bar
 
-# %% ../nbs/12_evaluation.ipynb #ff7e5246
+# %% ../nbs/12_evaluation.ipynb #8cf00951
+_ON_CPU = 1 << 19 # pixels in one forward
+
+def _batch_size(how: Scoring, size: tuple[int, int]) -> int:
+    "What is asked for, or less on a CPU."
+    at_most = _ON_CPU // math.prod(size) if torch.device(how.device).type == "cpu" else how.batch_size
+    return min(how.batch_size, max(1, at_most))
+
+# %% ../nbs/12_evaluation.ipynb #1e0cb70d
 def _read(dataset, i: int, size: tuple[int, int]) -> tuple[Tensor, Tensor]: # (h, w, 3) uint8, (H, W) uint8
     "An image at the network's size, and its label map as it is."
     labels = np.asarray(dataset.labels(i))
@@ -152,14 +160,14 @@ def _read(dataset, i: int, size: tuple[int, int]) -> tuple[Tensor, Tensor]: # (h
 def _batches(dataset, size: tuple[int, int], how: Scoring) -> Iterator[tuple]: # (images), (label maps)
     "A shard's batches in order, the next ones being read meanwhile."
     indices = range(how.shard[0], len(dataset), how.shard[1])
-    n_ahead, ahead = 1 + math.ceil(how.threads / how.batch_size), deque()
+    n, ahead = _batch_size(how, size), deque()
     with ThreadPoolExecutor(how.threads) as pool:
-        for first in range(0, len(indices), how.batch_size):
-            ahead.append([pool.submit(_read, dataset, i, size) for i in indices[first:first + how.batch_size]])
-            if len(ahead) > n_ahead: yield tuple(zip(*(f.result() for f in ahead.popleft())))
+        for first in range(0, len(indices), n):
+            ahead.append([pool.submit(_read, dataset, i, size) for i in indices[first:first + n]])
+            if len(ahead) > 1 + math.ceil(how.threads / n): yield tuple(zip(*(f.result() for f in ahead.popleft())))
         while ahead: yield tuple(zip(*(f.result() for f in ahead.popleft())))
 
-# %% ../nbs/12_evaluation.ipynb #3448eeb5
+# %% ../nbs/12_evaluation.ipynb #cf80a549
 _AT_ONCE = 1 << 26 # logits at the labels' size: 256 MiB
 
 def _runs(labels: Sequence[Tensor], n_classes: int) -> Iterator[slice]:
@@ -172,7 +180,7 @@ def _runs(labels: Sequence[Tensor], n_classes: int) -> Iterator[slice]:
         yield slice(first, last)
         first = last
 
-# %% ../nbs/12_evaluation.ipynb #41b0d7dc
+# %% ../nbs/12_evaluation.ipynb #d49cc47e
 def _count(counts: Tensor, prediction: Tensor, labels: Tensor): # (256, K) int64; ids below K; raw ids, uint8
     "Add the pixels of each (raw id, predicted class), without asking the device anything."
     cell = (labels.long() * counts.shape[1] + prediction).flatten()
@@ -189,7 +197,7 @@ def _class_matrix(counts: Tensor, lut: np.ndarray) -> Tensor: # (K, K) int64 on 
     kept = there & (lut != IGNORE)
     return counts.new_zeros(n_classes, n_classes).index_add_(0, lut[kept], counts[kept])
 
-# %% ../nbs/12_evaluation.ipynb #d56e29fe
+# %% ../nbs/12_evaluation.ipynb #60440468
 def _on_device(tensors: Sequence[Tensor], device: str | torch.device) -> Tensor:
     "Stacked and on its way; from pinned memory, so that nobody waits."
     stacked, cuda = torch.stack(tuple(tensors)), torch.device(device).type == "cuda"
@@ -210,7 +218,7 @@ def _check_request(predict: Callable, dataset, how: Scoring):
     if not 0 <= how.shard[0] < how.shard[1]:
         raise ValueError(f"shard={how.shard}, expected (rank, world) with 0 <= rank < world")
 
-# %% ../nbs/12_evaluation.ipynb #20ce22b9
+# %% ../nbs/12_evaluation.ipynb #d59f6fa0
 @torch.inference_mode()
 def evaluate(
     predict: Callable[[Tensor], Tensor], # images (B, 3, h, w) in [0, 1] -> logits (B, K, h', w')
@@ -225,7 +233,7 @@ def evaluate(
     how, K = Scoring(**how), len(classes)
     _check_request(predict, dataset, how)
     counts, finite, white = (torch.full(s, v, device=how.device) for s, v in (((256, K), 0), ((), True), ((), 255.)))
-    n_batches = math.ceil(len(range(how.shard[0], len(dataset), how.shard[1])) / how.batch_size)
+    n_batches = math.ceil(len(range(how.shard[0], len(dataset), how.shard[1])) / _batch_size(how, size))
     for images, labels in tqdm(_batches(dataset, size, how), total=n_batches, disable=not how.progress, desc="evaluate"):
         logits = predict(_on_device(images, how.device).permute(0, 3, 1, 2).float() / white) # channels last, as they lie in memory
         _check_shape(logits, len(images), K)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['check_dataset', 'Samples', 'prepare', 'Stream', 'Loader']
 
-# %% ../nbs/03_samples.ipynb #ec7aeb69
+# %% ../nbs/03_samples.ipynb #53280784
 import json
 import math
 import os
@@ -31,7 +31,7 @@ from .datasets import Prepared, Streets, full_name, open_dataset
 from .label_spaces import DataError, LabelSpace, require
 from .streets import CITYSCAPES_CLASSES, IGNORE
 
-# %% ../nbs/03_samples.ipynb #94d23e4e
+# %% ../nbs/03_samples.ipynb #fc6cccd9
 def _check_pair(ds: object, i: int) -> tuple[tuple[int, int], np.ndarray]:
     "Size and histogram of raw ids (256,) of one pair; DataError if they cannot be trained on."
     image, where, known = ds.image(i), ds.name(i), {*ds.space.ids, *ds.space.ignore}
@@ -50,7 +50,7 @@ def _check_pair(ds: object, i: int) -> tuple[tuple[int, int], np.ndarray]:
     require(not strange, f"The labels of {where} hold {strange}, and {ours}: map them to these.")
     return size, counts
 
-# %% ../nbs/03_samples.ipynb #86600b21
+# %% ../nbs/03_samples.ipynb #94464e2d
 def _check_sizes(ds: object, i: int) -> tuple[tuple[int, int], bool]:
     "The size of image i by its header, and whether its labels are stretched to it; DataError if they do not fit."
     image, *labels = ds.sizes(i)
@@ -60,7 +60,7 @@ def _check_sizes(ds: object, i: int) -> tuple[tuple[int, int], bool]:
     require(fits, f"Image {ds.name(i)} is {image} and its labels {labels[0]} (height, width): make them alike, or remove both.")
     return image, True
 
-# %% ../nbs/03_samples.ipynb #1171d2ab
+# %% ../nbs/03_samples.ipynb #48d5374c
 def _gather(check: Callable, ds: object, indices: Sequence[int], most: int, progress: bool) -> list:
     "What `check` says of each index, in threads; DataError with its complaints, of which so many end it."
     said, errors, name = [], [], check.__name__.strip("_").replace("_", " ")
@@ -81,7 +81,7 @@ def _gather(check: Callable, ds: object, indices: Sequence[int], most: int, prog
     _complain(errors, len(said), len(indices))
     return said
 
-# %% ../nbs/03_samples.ipynb #7eb263d9
+# %% ../nbs/03_samples.ipynb #35d4d12a
 def _complain(errors: list[DataError], read: int, total: int, shown: int = 10) -> None:
     "Nothing without errors; one as it is; several in a list."
     if len(errors) == 1:
@@ -91,7 +91,7 @@ def _complain(errors: list[DataError], read: int, total: int, shown: int = 10) -
     listed = "".join(f"\n  {error}" for error in errors[:shown])
     require(not errors, f"{len(errors):,} of {read:,} pairs can't be trained on{unread}:{listed}{rest}")
 
-# %% ../nbs/03_samples.ipynb #a2004aa2
+# %% ../nbs/03_samples.ipynb #9aa67733
 def check_dataset(
     ds: object,  # a data set
     space_lut: np.ndarray | None = None,  # (256,) of SharedClasses: adds the share of pixels that is scored
@@ -112,7 +112,7 @@ def check_dataset(
     stretched = [ds.name(i) for i, (_, other) in enumerate(headers) if other]
     return {**found, "warnings": [*getattr(ds, "notes", []), *_warnings(found, stretched)]}
 
-# %% ../nbs/03_samples.ipynb #d1a52249
+# %% ../nbs/03_samples.ipynb #e6973150
 def _warnings(found: dict, stretched: list[str]) -> list[str]:
     "What is odd, though it can be trained on."
     absent = [name for name, share in found["classes"].items() if share == 0]
@@ -130,7 +130,7 @@ def _shares(space: LabelSpace, counts: np.ndarray, lut: np.ndarray | None) -> di
     scored = {} if lut is None else {"scored": float(share[lut != IGNORE].sum())}
     return {"classes": classes, "ignored": float(share[list(space.ignore)].sum()), **scored}
 
-# %% ../nbs/03_samples.ipynb #4492eb94
+# %% ../nbs/03_samples.ipynb #8314c9d1
 def _sample(
     ds: object, i: int, size: tuple[int, int], lut: np.ndarray | None  # no labels are read if lut is None
 ) -> tuple[np.ndarray, np.ndarray]:  # (H, W, 3) and (H, W) uint8
@@ -144,12 +144,12 @@ def _sample(
 def _label_map(ds: object, i: int, size: tuple[int, int], lut: np.ndarray) -> np.ndarray:  # (H, W) uint8
     return lut[_resized(ds.labels(i), size, Image.Resampling.NEAREST)]
 
-# %% ../nbs/03_samples.ipynb #676a546a
+# %% ../nbs/03_samples.ipynb #b091654a
 def _resized(array: np.ndarray, size: tuple[int, int], how: Image.Resampling) -> np.ndarray:
     "Itself where it has that size, as in a prepared data set."
     return array if array.shape[:2] == size else np.array(Image.fromarray(array).resize(size[::-1], how))
 
-# %% ../nbs/03_samples.ipynb #c0ec61ed
+# %% ../nbs/03_samples.ipynb #560fdcf8
 class Samples:
     "A data set as tensors of one size: decoded once, kept in memory as uint8."
 
@@ -188,7 +188,7 @@ class Samples:
         _fill(self, workers, progress)
         return self
 
-# %% ../nbs/03_samples.ipynb #8e9fe0cd
+# %% ../nbs/03_samples.ipynb #c62edb96
 def _require_its_size(ds: object, size: tuple[int, int]) -> None:
     "A prepared data set has one size."
     fits = not isinstance(ds, Prepared) or ds.size == size
@@ -200,7 +200,7 @@ def _own_ids(space: LabelSpace) -> np.ndarray:  # (256,) uint8
     "The table that keeps a space's ids and sends its void to IGNORE."
     return np.where(np.isin(np.arange(256), space.ignore), IGNORE, np.arange(256)).astype(np.uint8)
 
-# %% ../nbs/03_samples.ipynb #57e421af
+# %% ../nbs/03_samples.ipynb #9ca015a3
 def _tensors(samples: Samples, i: int, made: tuple | None = None) -> tuple[Tensor, Tensor]:
     "Sample i in uint8, from memory if it is there; `made` if a worker has made it already."
     if i in samples._kept:
@@ -211,7 +211,7 @@ def _tensors(samples: Samples, i: int, made: tuple | None = None) -> tuple[Tenso
         samples._kept[i] = pair
     return pair
 
-# %% ../nbs/03_samples.ipynb #f9b636b3
+# %% ../nbs/03_samples.ipynb #c154c28a
 def _fill(samples: Samples, workers: int, progress: bool) -> None:
     "Make what memory lacks; nothing if it may not be kept."
     todo = [i for i in range(len(samples)) if samples._keeps and i not in samples._kept]
@@ -222,14 +222,14 @@ def _fill(samples: Samples, workers: int, progress: bool) -> None:
     for pair, i in zip(tqdm(made, total=len(todo), desc="loading", disable=not (progress and todo)), todo):
         _tensors(samples, i, pair)
 
-# %% ../nbs/03_samples.ipynb #21e41d22
+# %% ../nbs/03_samples.ipynb #29e851e7
 def _record(folder: Path, about: dict) -> None:
     "Write the record whole or not at all."
     part = folder / "about.json.part"
     part.write_text(json.dumps(about), encoding="utf-8")
     os.replace(part, folder / "about.json")
 
-# %% ../nbs/03_samples.ipynb #e6bdf991
+# %% ../nbs/03_samples.ipynb #4859ef46
 def _begin(folder: Path, about: dict, shapes: dict) -> int:
     "Make the arrays' files unless the record says that they are begun; how many images they hold."
     try:
@@ -244,7 +244,7 @@ def _begin(folder: Path, about: dict, shapes: dict) -> int:
     require(same, f"{folder} was prepared from other data or at another size: choose another --out, or delete it.")
     return old["done"]
 
-# %% ../nbs/03_samples.ipynb #5f4e986c
+# %% ../nbs/03_samples.ipynb #91cfffa9
 def prepare(
     data: object,  # a name, NAME:PATH or data set, as for `open_dataset`
     size: tuple[int, int],  # (H, W) of the samples that training will ask for
@@ -265,20 +265,20 @@ def prepare(
     _lay_down(ds, folder, about, workers, progress)
     return Prepared(folder)
 
-# %% ../nbs/03_samples.ipynb #56a5a131
+# %% ../nbs/03_samples.ipynb #4b69391a
 def _room(folder: Path, needed: int) -> None:
     "DataError if the disk lacks so many bytes."
     free = shutil.disk_usage(folder).free
     require(needed < free, f"{folder} needs {needed / 1e9:.1f} GB and its disk has {free / 1e9:.1f} free: choose another --out or --size.")
 
-# %% ../nbs/03_samples.ipynb #8e22c716
+# %% ../nbs/03_samples.ipynb #d0051ec8
 def _at(path: Path, row: int):
     "The file of an array, open for writing at a row."
     array, file = np.load(path, mmap_mode="r"), path.open("r+b")
     file.seek(array.offset + row * array[0].nbytes)
     return file
 
-# %% ../nbs/03_samples.ipynb #dbb71f3d
+# %% ../nbs/03_samples.ipynb #e1ed1f15
 def _lay_down(ds: object, folder: Path, about: dict, workers: int, progress: bool, chunk: int = 64) -> None:
     "Append what is missing, a chunk at a time: first the pixels, then the record."
     kinds, todo = ("images", "labels")[: 1 + ds.labelled], range(about["done"], len(ds))
@@ -296,7 +296,7 @@ def _lay_down(ds: object, folder: Path, about: dict, workers: int, progress: boo
                 about["done"] = i + 1
                 _record(folder, about)
 
-# %% ../nbs/03_samples.ipynb #0e6bb6dd
+# %% ../nbs/03_samples.ipynb #a551799f
 @lru_cache(maxsize=16)
 def _order(n: int, seed: int, epoch: int) -> np.ndarray:
     "The permutation of one epoch, from a generator of its own."
@@ -323,7 +323,7 @@ class Stream:
         epochs, places = np.divmod(np.arange(step * self.batch_size, (step + 1) * self.batch_size), self.n)
         return np.array([_order(self.n, self.seed, e)[p] for e, p in zip(epochs.tolist(), places)], np.int64)
 
-# %% ../nbs/03_samples.ipynb #7482d153
+# %% ../nbs/03_samples.ipynb #f591deff
 class _Batches:
     "Item t is the batch of step t; and as an iterable, the steps from `first` on."
     def __init__(self, samples: Samples, stream: Stream): self.samples, self.stream, self.first = samples, stream, 0
@@ -339,7 +339,7 @@ class _Batches:
 
 def _as_it_is(batch): return batch
 
-# %% ../nbs/03_samples.ipynb #1799480e
+# %% ../nbs/03_samples.ipynb #8bb9c6e8
 class Loader:
     "The batches of a stream by their step, read ahead by worker processes; the same for any number of them."
 
@@ -357,7 +357,8 @@ class Loader:
         reads._keeps = samples._keeps and workers == 0  # workers keep nothing: each would keep it all
         self.stream, self._batches, self._ahead, self._next = stream, _Batches(reads, stream), None, None
         self._loader = DataLoader(self._batches, batch_size=None, sampler=self._batches, num_workers=workers, collate_fn=_as_it_is,
-                                  pin_memory=pin and torch.cuda.is_available(), persistent_workers=workers > 0)
+                                  pin_memory=pin and torch.cuda.is_available(), persistent_workers=workers > 0,
+                                  generator=torch.Generator())    # its own: a loader must not draw from the run's random numbers
 
     def __call__(
         self,

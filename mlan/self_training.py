@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['pseudo_labels', 'class_thresholds', 'PseudoLabels', 'label_target']
 
-# %% ../nbs/11_self_training.ipynb #6a5bfb6b
+# %% ../nbs/11_self_training.ipynb #47fcb6a6
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from .co_regularized_al import resize_map
 from .networks import resize
 
-# %% ../nbs/11_self_training.ipynb #1d35a1bf
+# %% ../nbs/11_self_training.ipynb #32393440
 def pseudo_labels(probabilities: Tensor,  # (B, C, H, W), sum to 1 over C
                   thresholds: Tensor,  # (C,) exp(-k_c), from `class_thresholds`
                   weights: Tensor | None = None,  # (B, H, W) M_multi at image size with mean 1, or None for plain ST
@@ -25,7 +25,7 @@ def pseudo_labels(probabilities: Tensor,  # (B, C, H, W), sum to 1 over C
     best, labels = passing.max(1)
     return labels.masked_fill(best < 0, 255)
 
-# %% ../nbs/11_self_training.ipynb #f1493951
+# %% ../nbs/11_self_training.ipynb #1ad4d454
 def class_thresholds(scores: Tensor,  # (P,) p^c x M_multi of each pixel's predicted class c
                      predicted: Tensor,  # int (P,) that class
                      n_classes: int,  # C
@@ -43,7 +43,7 @@ def class_thresholds(scores: Tensor,  # (P,) p^c x M_multi of each pixel's predi
             thresholds[c] = own[kept] if kept < len(own) else just_under
     return thresholds
 
-# %% ../nbs/11_self_training.ipynb #92e1e8c9
+# %% ../nbs/11_self_training.ipynb #23845cdc
 @dataclass(frozen=True)
 class PseudoLabels:
     "Pseudo labels of n target images and how they came about."
@@ -51,7 +51,7 @@ class PseudoLabels:
     thresholds: Tensor  # (C,) exp(-k_c)
     coverage: float  # share of pixels with a label
 
-# %% ../nbs/11_self_training.ipynb #3d7c5265
+# %% ../nbs/11_self_training.ipynb #2af51930
 @torch.no_grad()
 def label_target(predict,  # images (B, 3, H, W) -> logits (B, C, h, w)
                  batches,  # function () -> iterable of images, in the data set's order
@@ -67,11 +67,11 @@ def label_target(predict,  # images (B, 3, H, W) -> logits (B, C, h, w)
         predicted.append(c.flatten().cpu())
         n_classes = p.shape[1]
     thresholds = class_thresholds(torch.cat(scores), torch.cat(predicted), n_classes, portion)
-    labels = torch.cat([pseudo_labels(p, thresholds.to(p.device), w).to("cpu", torch.uint8)
-                        for p, w in _probabilities(predict, batches(), maps)])
-    return PseudoLabels(labels, thresholds, (labels != 255).float().mean().item())
+    labels = [pseudo_labels(p, thresholds.to(p.device), w).to("cpu", torch.uint8) for p, w in _probabilities(predict, batches(), maps)]
+    coverage = sum(int((part != 255).sum()) for part in labels) / sum(part.numel() for part in labels)
+    return PseudoLabels(torch.cat(labels), thresholds, coverage)
 
-# %% ../nbs/11_self_training.ipynb #bcdd1a80
+# %% ../nbs/11_self_training.ipynb #292b2699
 def _probabilities(predict, batches, maps):
     "Probabilities at image size, and the map at image size, batch by batch."
     done = 0

@@ -6,7 +6,7 @@
 __all__ = ['Result', 'run_mlan', 'save_segmenter', 'load_segmenter', 'picture_rows', 'save_pictures', 'load_pictures',
            'report_runs']
 
-# %% ../nbs/17_train.ipynb #cdabbb1b
+# %% ../nbs/17_train.ipynb #f79a5513
 import json
 import os
 import platform
@@ -26,11 +26,11 @@ from .label_spaces import SharedClasses
 from .networks import Segmenter, build_extractor
 from .region_labels import region_grid
 from .report import PictureRow, method_title, write_report
-from .settings import HOW, Settings, make_settings
+from .settings import RUNTIME_SETTINGS, Settings, make_settings
 from .stages import Run, dataset_name, fingerprints, open_datasets, open_pair, score, walk
 from .trainer import TornFile, load_whole, read_log, save_atomically, usable_device, write_whole
 
-# %% ../nbs/17_train.ipynb #f4de76f8
+# %% ../nbs/17_train.ipynb #87bf9b40
 @dataclass(frozen=True)
 class Result:
     "What `run_mlan` returns."
@@ -39,7 +39,7 @@ class Result:
     out: Path  # the run's folder
     record: dict  # all that is in result.json
 
-# %% ../nbs/17_train.ipynb #83605873
+# %% ../nbs/17_train.ipynb #0012a7dc
 def run_mlan(source, target,  # "streets:engine", "airsim_nh", "folder:PATH", a data set, or a dict of one a split
              method: str = "mlan", profile: str = "quick", out: str | Path = "runs/mlan",
              stages: str | Path | None = None,  # folder of stage outcomes, to share between runs; by default OUT/stages
@@ -53,8 +53,9 @@ def run_mlan(source, target,  # "streets:engine", "airsim_nh", "folder:PATH", a 
             raise ValueError(f"the data has changed since the run in {out} ended; give another out, or delete the folder")
         return _result(record, out)
     usable_device(settings.device)
-    data = open_pair(settings, source, target)
-    run = Run(settings, data, stages or out / "stages", progress)
+    stages = Path(stages or out / "stages")
+    data = open_pair(settings, source, target, stages)
+    run = Run(settings, data, stages, progress)
     for note in data.notes if progress and run.main else ():
         print(f"note: {note}", file=sys.stderr)
     if run.main:
@@ -70,12 +71,13 @@ def run_mlan(source, target,  # "streets:engine", "airsim_nh", "folder:PATH", a 
     run.team.wait_for_everyone()
     return _result(record, out)
 
-# %% ../nbs/17_train.ipynb #870f76e5
+# %% ../nbs/17_train.ipynb #d49780cb
 def _finished(out, settings):
     "The record of a finished run in this folder; ValueError if the folder belongs to a run with other settings."
     if (out / "settings.json").exists():
         there, here = json.loads((out / "settings.json").read_text()), json.loads(json.dumps(asdict(settings)))
-        other = [f"{k} ({there.get(k)!r} there, {here.get(k)!r} here)" for k in here if there.get(k) != here[k] and k not in HOW]
+        differing = [k for k in here if there.get(k) != here[k] and k not in RUNTIME_SETTINGS]
+        other = [f"{k} ({there.get(k)!r} there, {here[k]!r} here)" for k in differing]
         if other:
             raise ValueError(f"{out} holds a run with other settings: {'; '.join(other[:4])}; give another out, or delete the folder")
         if (out / "result.json").exists():
@@ -85,7 +87,7 @@ def _finished(out, settings):
 def _result(record, out):
     return Result(record["miou"], record["per_class"], out, record)
 
-# %% ../nbs/17_train.ipynb #f6c9d33c
+# %% ../nbs/17_train.ipynb #3b773499
 def _commit():
     "The git commit of the source tree, with -dirty where files differ from it, or None outside of one."
     try:
@@ -113,7 +115,7 @@ def _environment(device) -> dict:
     return {"commit": _commit(), "versions": {n: metadata.version(n) for n in libraries},
             "python": platform.python_version(), **_hardware(device)}
 
-# %% ../nbs/17_train.ipynb #2987ee7a
+# %% ../nbs/17_train.ipynb #fb04e882
 def _record(run: Run, net: Segmenter, seconds: float) -> dict:
     "The run as one JSON object."
     data, s = run.data, run.s
@@ -122,14 +124,15 @@ def _record(run: Run, net: Segmenter, seconds: float) -> dict:
     test = scores.get("test", {"miou": None, "per_class": {}, "matrix": None})
     record = {**{k: getattr(s, k) for k in ("method", "source", "target", "profile", "seed", "data_seed")},
               **test, "miou_val": scores.get("val", {}).get("miou"),
-              "classes": data.classes, "colors": data.colors.tolist(), "data": data.prints, "images": data.images, "settings": asdict(s),
+              "classes": data.classes, "colors": data.colors.tolist(), "data": data.fingerprints, "images": data.images,
+              "settings": asdict(s),
               "seconds": round(seconds, 1), "cost": run.cost, "facts": run.facts,
               "processes": run.team.num_processes, **_environment(run.device)}
     if test["matrix"] and set(SYNTHIA_13) <= set(data.classes):
         record["miou_13"] = mean_iou(torch.tensor(test["matrix"]), data.classes, SYNTHIA_13)
     return json.loads(json.dumps(record))
 
-# %% ../nbs/17_train.ipynb #bdc12e45
+# %% ../nbs/17_train.ipynb #449fd250
 def save_segmenter(net: Segmenter, path: Path, settings: Settings, shared: SharedClasses):
     "The last weights and all that `load_segmenter` needs to use them."
     about = {"classes": list(shared.classes), "members": [list(m) for m in shared.members],
@@ -151,12 +154,12 @@ def load_segmenter(path: str | Path,  # a run's checkpoint.pt
         net.load_state_dict(state["segmenter"])
         about = {"classes": tuple(state["classes"]), "members": tuple(map(tuple, state["members"])),
                  "colors": state["colors"].cpu().numpy(), "size": tuple(state["size"])}
-    except (TornFile, KeyError, TypeError, RuntimeError) as error:
+    except (TornFile, LookupError, TypeError, RuntimeError) as error:
         kind = type(error).__name__
         raise ValueError(f"{path} is not a checkpoint of this package ({kind}); give a run's checkpoint.pt") from None
     return net.eval(), about
 
-# %% ../nbs/17_train.ipynb #942a741b
+# %% ../nbs/17_train.ipynb #ce0bf865
 @torch.no_grad()
 def picture_rows(run: Run, net: Segmenter, n: int = 4) -> list:  # of PictureRow
     "Test images with truth, prediction and consistency maps."
@@ -172,7 +175,7 @@ def picture_rows(run: Run, net: Segmenter, n: int = 4) -> list:  # of PictureRow
         rows.append(PictureRow(Path(dataset.name(i)).stem, image, truth, {run.s.method: found}, maps))
     return rows
 
-# %% ../nbs/17_train.ipynb #d5143816
+# %% ../nbs/17_train.ipynb #d689416c
 def save_pictures(path: Path, rows: list):
     "Images, truths, predictions and maps as one .npz file."
     arrays = {}
@@ -196,7 +199,7 @@ def load_pictures(path: Path) -> list:  # of PictureRow
     return [PictureRow(str(arrays[f"{i}/name"]), arrays[f"{i}/image"], arrays.get(f"{i}/truth"),
                        part(i, "prediction"), part(i, "map")) for i in range(n)]
 
-# %% ../nbs/17_train.ipynb #a27c165f
+# %% ../nbs/17_train.ipynb #2ab7cd93
 def _one_axis(rows):
     "Log rows of all stages on one axis of steps."
     found, offset, last = [], 0, None
@@ -219,7 +222,7 @@ def _notes(records):
         notes.append(f"{method_title(r['method'])}: seed {r['seed']}, {r['seconds']:.0f} s{'; ' + made if made else ''}")
     return notes
 
-# %% ../nbs/17_train.ipynb #7686e786
+# %% ../nbs/17_train.ipynb #46e64732
 def report_runs(folders: list,  # of runs on one source and target, in the order of the table
                 path: str | Path,  # the report to write
                 records: list | None = None,  # their records, if not yet in their folders
@@ -247,7 +250,7 @@ def report_runs(folders: list,  # of runs on one source and target, in the order
     colors = np.array(first["colors"], np.uint8)
     return write_report(path, title, settings, scores, curves, rows, _notes(records), first["classes"], colors)
 
-# %% ../nbs/17_train.ipynb #23809968
+# %% ../nbs/17_train.ipynb #a78c351e
 def _write(run: Run, net: Segmenter, record: dict, out: Path):
     "Everything that a run's folder holds; result.json last, because it says that the run is done."
     (out / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in run.logs))

@@ -7,7 +7,7 @@ __all__ = ['processes', 'usable_device', 'autocast', 'write_whole', 'save_atomic
            'drop_checkpoints', 'read_log', 'TrainingError', 'train_loop', 'backward', 'descend', 'apply_update', 'poly',
            'segmentation_optimiser', 'critic_optimiser', 'SegmentationStep', 'TranslationStep']
 
-# %% ../nbs/15_trainer.ipynb #ab31b807
+# %% ../nbs/15_trainer.ipynb #5a48e886
 import json
 import os
 import pickle
@@ -30,7 +30,7 @@ from .region_labels import region_grid
 from .settings import Settings
 from .translation import TranslationPair
 
-# %% ../nbs/15_trainer.ipynb #fd873400
+# %% ../nbs/15_trainer.ipynb #092de973
 def processes(device: str = "auto") -> PartialState:  # of "auto", "cpu", "cuda", ...
     "The processes of this run: `.process_index`, `.num_processes`, `.is_main_process`, `.device`, `.wait_for_everyone()`."
     alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
@@ -49,12 +49,12 @@ def usable_device(name: str) -> torch.device:  # of "auto", "cpu", "cuda", "cuda
 
 
 def autocast(device: torch.device, precision: str):  # a context
-    "Mixed precision for what is computed inside: `bf16` multiplies in bfloat16 and keeps sums, losses and weights in fp32."
+    "Mixed precision for what is computed inside: with `bf16` convolutions and matrix products run in bfloat16; weights stay fp32."
     if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(False):
         raise ValueError("precision bf16 is not in this GPU's hardware; give precision fp32")
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
 
-# %% ../nbs/15_trainer.ipynb #89c3860b
+# %% ../nbs/15_trainer.ipynb #efcf9a7c
 def write_whole(path: Path, write):  # function of the path to write to
     "Write a file that is there whole or not at all, whoever else writes it."
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
@@ -73,10 +73,12 @@ class TornFile(ValueError):
 
 def is_whole(path: Path) -> bool:
     "Does every byte of a .pt or .npz file fit its checksums?"
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no file {path}")
     try:
         with zipfile.ZipFile(path) as archive:
             return archive.testzip() is None
-    except (zipfile.BadZipFile, EOFError):
+    except Exception:  # a damaged archive raises whatever its damage leads to: zlib.error, NotImplementedError, UnicodeDecodeError, ...
         return False
 
 
@@ -89,7 +91,7 @@ def load_whole(path: Path, device="cpu"):
         pass
     raise TornFile(f"{path} is torn, or no file of this package; delete it, or give another")
 
-# %% ../nbs/15_trainer.ipynb #c2341824
+# %% ../nbs/15_trainer.ipynb #05f2e3eb
 def _random_state() -> dict:
     return {"cpu": torch.get_rng_state(), **({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})}
 
@@ -106,37 +108,41 @@ def _before(checkpoint: Path) -> Path:
 
 
 def _keep(parts: dict, step: int, checkpoint: Path):
-    "Write a checkpoint; the last one becomes the one before it."
+    "Write a checkpoint; then the last one becomes the one before it. Two good ones are there at any moment but the first."
     state = {"step": step, "parts": {name: part.state_dict() for name, part in parts.items()}, "random": _random_state()}
+    fresh = checkpoint.with_suffix(".fresh.pt")
+    save_atomically(state, fresh)
     if checkpoint.exists():
         checkpoint.replace(_before(checkpoint))
-    save_atomically(state, checkpoint)
+    fresh.replace(checkpoint)
 
 
 def drop_checkpoints(prefix: Path):
     "Remove what `train_loop` kept for a restart."
-    for path in (Path(f"{prefix}.partial.pt"), _before(Path(f"{prefix}.partial.pt"))):
-        path.unlink(missing_ok=True)
+    for suffix in (".partial.pt", ".partial.before.pt", ".partial.fresh.pt"):
+        Path(f"{prefix}{suffix}").unlink(missing_ok=True)
 
-# %% ../nbs/15_trainer.ipynb #afe4f915
+# %% ../nbs/15_trainer.ipynb #9eaa8958
 def _restored(parts: dict, path: Path) -> int | None:
     "Give the parts what a checkpoint holds; the step that it was written after, or None (and a warning) if it cannot be used."
     fresh = {name: deepcopy(part.state_dict()) for name, part in parts.items()}
     try:
         state = load_whole(path)
-        if set(state["parts"]) != set(parts):
-            raise KeyError(f"parts {sorted(state['parts'])}")
+        if not isinstance(state, dict) or set(state["parts"]) != set(parts):
+            raise KeyError("parts")
         for name, part in parts.items():
             part.load_state_dict(state["parts"][name])
         _set_random_state(state["random"])
         return state["step"]
-    except (TornFile, RuntimeError, ValueError, KeyError, TypeError) as error:
+    except (TornFile, RuntimeError, ValueError, LookupError, TypeError) as error:
         for name, part in parts.items():
             part.load_state_dict(fresh[name])
-        warnings.warn(f"{path} cannot be used ({type(error).__name__}); training goes on from the checkpoint before it, if there is one",
-                      stacklevel=2)
+        if processes().is_main_process and path.exists():
+            path.replace(f"{path}.torn")                          # so that it never takes the place of the good one before it
+        warnings.warn(f"{path} cannot be used ({type(error).__name__}) and is kept as {path.name}.torn; training goes on from the "
+                      "checkpoint before it, if there is one", stacklevel=2)
 
-# %% ../nbs/15_trainer.ipynb #6699311d
+# %% ../nbs/15_trainer.ipynb #52302f67
 def read_log(log: Path) -> list:  # of rows
     "The rows of a log; a last line that a kill cut short is left out."
     rows = []
@@ -158,7 +164,7 @@ def _resume(parts, checkpoint, log) -> int:
     processes().wait_for_everyone()
     return start
 
-# %% ../nbs/15_trainer.ipynb #43944739
+# %% ../nbs/15_trainer.ipynb #1cc4b8a5
 class TrainingError(RuntimeError):
     "Training cannot go on; the message names stage, step, and the checkpoint that is kept."
 
@@ -170,7 +176,7 @@ def _row(rows, done, checkpoint, title) -> dict:
     for i, name in (~values.isfinite()).nonzero()[:1].tolist():
         kept = f"the checkpoint before it is {checkpoint}" if checkpoint.exists() else "no checkpoint was due yet"
         raise TrainingError(f"{title}: {names[name]} is not finite at step {done - len(rows) + i + 1}; {kept}; "
-                            "lower the learning rate or the lambdas")
+                            "lower the learning rate or the lambdas (which begins anew)")
     return dict(zip(names, values.mean(0).tolist()))
 
 
@@ -186,7 +192,7 @@ def _due(done, every, steps):
     "Every so many steps, and after the last one; 0 = never."
     return every > 0 and (done % every == 0 or done == steps)
 
-# %% ../nbs/15_trainer.ipynb #e66428f3
+# %% ../nbs/15_trainer.ipynb #1fcb9e8b
 def train_loop(step,  # object with .parts {name: has state_dict} and __call__(i) -> {name: scalar tensor}
                steps: int, prefix: Path,  # log is PREFIX.jsonl, checkpoint PREFIX.partial.pt
                settings: Settings, validate=None,  # function () -> mIoU on val
@@ -213,7 +219,7 @@ def train_loop(step,  # object with .parts {name: has state_dict} and __call__(i
             _keep(step.parts, done, checkpoint)
     return log
 
-# %% ../nbs/15_trainer.ipynb #e1123af2
+# %% ../nbs/15_trainer.ipynb #5c4c928f
 def backward(terms: dict) -> dict:  # {name: scalar} for the log
     "Send the sum of the terms backward; what has a / in its name is only logged."
     sum(v for k, v in terms.items() if "/" not in k).backward()
@@ -246,7 +252,7 @@ def apply_update(optimiser: torch.optim.Optimizer, terms: dict, clip_norm: float
     descend(optimiser, clip_norm)
     return logged
 
-# %% ../nbs/15_trainer.ipynb #c9ddb208
+# %% ../nbs/15_trainer.ipynb #c142c945
 def poly(step: int, steps: int, power: float = 0.9) -> float:
     "The poly schedule: (1 - step / steps) ** power, and never quite zero."
     return (1 - min(step, steps - 1) / steps) ** power
@@ -273,7 +279,7 @@ def critic_optimiser(alignment: CoRegularizedAL | None, settings: Settings) -> t
         parameters = [p for c in alignment.critics for p in c.parameters()]
         return torch.optim.Adam(parameters, settings.critic_lr, (0.9, 0.99), fused=_fused(parameters))
 
-# %% ../nbs/15_trainer.ipynb #206a96ba
+# %% ../nbs/15_trainer.ipynb #b8d30c55
 class SegmentationStep:
     "One step of Eq. 10 for E, C_seg, C_region and C_image; without an alignment, of Eq. 2 or 14."
 
@@ -281,7 +287,7 @@ class SegmentationStep:
                  lr: float, settings: Settings, alignment: CoRegularizedAL | None = None,
                  target=None):  # target(i) -> images of the target; needed with an alignment
         self.net, self.batches, self.lr, self.s, self.alignment, self.target = net, batches, lr, settings, alignment, target
-        self.frozen_norm, self.apart, self.steps = True, False, settings.schedule_steps     # apart: one domain at a time in any case
+        self.frozen_norm, self.one_by_one, self.steps = True, False, settings.schedule_steps
         self.aligns = alignment is not None and alignment.ablation.needs_target
         self.learn, self.judge = segmentation_optimiser(net, alignment, settings), critic_optimiser(alignment, settings)
         parts = {"net": net, "alignment": alignment, "learn": self.learn, "judge": self.judge}
@@ -293,7 +299,7 @@ class SegmentationStep:
         _prepare(self, i)
         images, labels, regions = self.batches(i)
         unlabelled = self.target(i) if self.aligns else None
-        together = self.aligns and self.frozen_norm and not self.apart and images.shape[2:] == unlabelled.shape[2:]
+        together = self.aligns and self.frozen_norm and not self.one_by_one and images.shape[2:] == unlabelled.shape[2:]
         with autocast(images.device, self.s.precision):
             flows = _both_flows(self, images, regions, unlabelled) if together else [_flow(self, images, regions)]
             terms = _source_terms(self, flows[0], labels) | (_target_terms(self, flows[1], i) if together else {})
@@ -304,9 +310,9 @@ class SegmentationStep:
                 terms = _target_terms(self, flows[1], i)
             logged |= backward(terms)
         descend(self.learn, self.s.clip_norm)
-        return logged | (_judge(self, *flows) if self.judge else {})
+        return logged | (_critic_update(self, *flows) if self.judge else {})
 
-# %% ../nbs/15_trainer.ipynb #68e58f2e
+# %% ../nbs/15_trainer.ipynb #e0dd1915
 def _prepare(step, i):
     "Learning rates, and BatchNorm's mode; no gradient of the last step is left."
     decay = poly(i, step.steps, step.s.power)
@@ -329,7 +335,7 @@ def _both_flows(step, images, regions, unlabelled):
     source, target = both.features.split([len(images), len(unlabelled)])
     return [Flow(source, both.grids, regions), Flow(target, both.grids)]
 
-# %% ../nbs/15_trainer.ipynb #4a65d204
+# %% ../nbs/15_trainer.ipynb #edc4044a
 def _source_terms(step, source, labels):
     terms = {"seg": segmentation_loss(step.net.classifier(source.features), labels)}
     return terms | (step.alignment.source_losses(source) if step.alignment else {})
@@ -340,12 +346,12 @@ def _target_terms(step, target, i):
     return step.alignment.target_losses(target, adaptive_weight(i, step.steps, step.s.power), ramp)
 
 
-def _judge(step, source, target):
+def _critic_update(step, source, target):
     with autocast(target.features.device, step.s.precision):
         terms = step.alignment.critic_losses(source, target)
     return apply_update(step.judge, terms)
 
-# %% ../nbs/15_trainer.ipynb #202044c7
+# %% ../nbs/15_trainer.ipynb #6f2bab64
 class TranslationStep:
     "One step of Eq. 12: generators, then critics."
 

@@ -88,12 +88,12 @@ def test_dry_run_counts_what_the_data_has(trees):
 def test_every_ablation_fits_twelve_gigabytes(backbone, source_size):
     s = make_settings("a", "b", profile="paper", backbone=backbone, size=source_size)
     heaviest = step_cost(lambda: segmentation_step(s, "cr_al", 19, s.size))
-    assert 1 < heaviest.gib < 10.5                                   # and about one for the device's own
+    assert 1 < heaviest.gib < 6                                   # and about one for the device's own
 
 
 def test_checkpointing_and_mixed_precision_need_less():
     s = make_settings("a", "b", profile="paper", size=(256, 512), target_size=(256, 512), patches=(16, 32, 64))
     changes = ({}, {"precision": "bf16"}, {"checkpointing": True})
     plain, half, again = (step_cost(lambda c=c: segmentation_step(replace(s, **c), "cr_al", 19, s.size)) for c in changes)
-    assert half.peak < .7 * plain.peak and again.peak < .8 * plain.peak
+    assert half.peak < .75 * plain.peak and again.peak < .9 * plain.peak
     assert half.flops == plain.flops and 1.1 < again.flops / plain.flops < 1.4

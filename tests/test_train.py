@@ -13,10 +13,10 @@ from PIL import Image
 
 from mlan.command_line import main
 from mlan.label_spaces import DataError
-from mlan.stages import PairData, Run, open_pair, walk
+from mlan.stages import PairData, Run, open_pair, walk, weights_digest
 from mlan.train import load_pictures, load_segmenter, report_runs, run_mlan
 from mlan.settings import PLANS, make_settings
-from mlan.trainer import TrainingError
+from mlan.trainer import TrainingError, _keep, _restored, is_whole
 
 FEW = dict(size=(32, 64), target_size=(32, 64), n_source=40, n_target=16, n_val=4, n_test=4, min_samples=3, warmup_steps=6, steps=6,
            schedule_steps=6, ramp_steps=2, critic_width=4, batch_size=3, translation_steps=3, translation_width=4, translation_batch=2,
@@ -124,6 +124,78 @@ def test_a_torn_checkpoint_is_named_and_the_one_before_it_used(tear, tmp_path, m
     assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), again.state_dict().values()))
 
 
+def test_no_damage_to_a_file_is_an_error_of_its_own(tmp_path):
+    rng, path = np.random.default_rng(0), tmp_path / "a.npz"
+    np.savez_compressed(path, **{f"a{i}": rng.integers(0, 5, 300, dtype=np.uint8) for i in range(4)})
+    torch.save({"w": torch.rand(50)}, tmp_path / "b.pt")
+    for file in (path, tmp_path / "b.pt"):
+        whole = file.read_bytes()
+        assert is_whole(file)
+        for place in rng.integers(0, len(whole), 300):
+            file.write_bytes(whole[:place] + bytes([whole[place] ^ (1 << int(rng.integers(8)))]) + whole[place + 1:])
+            assert is_whole(file) in (True, False)               # a bit that nobody reads may pass; nothing may raise
+    torch.save(torch.rand(3), tmp_path / "foreign.pt")
+    with pytest.warns(UserWarning, match="foreign.pt cannot be used"):
+        assert _restored({"net": torch.nn.Linear(1, 1)}, tmp_path / "foreign.pt") is None
+
+
+def test_a_kill_while_a_checkpoint_is_written_leaves_a_good_one(tmp_path, monkeypatch):
+    import mlan.trainer
+    net, file = torch.nn.Linear(1, 1), tmp_path / "a.partial.pt"
+    for step in (5, 10):
+        _keep({"net": net}, step, file)
+    file.write_bytes(file.read_bytes()[:300])                     # the newer one is torn
+    with pytest.warns(UserWarning):
+        assert _restored({"net": net}, file) is None
+
+    def dies(value, path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(mlan.trainer, "save_atomically", dies)
+    with pytest.raises(KeyboardInterrupt):
+        _keep({"net": net}, 15, file)
+    assert _restored({"net": net}, file.with_suffix(".before.pt")) == 5
+
+
+def test_what_a_kill_leaves_beside_a_stage_does_no_harm(tmp_path):
+    settings = make_settings(*PAIR, "cr_al+it", **FEW)
+    data = open_pair(settings)
+    first = Run(settings, data, tmp_path)
+    whole = walk(first)
+    aligned = first.used["align_translated"]
+    for name in (f"{aligned.name}.7.part", f"{aligned.stem}.partial.pt.7.part", f"{aligned.stem}.jsonl.7.part"):
+        (tmp_path / name).write_bytes(b"half")
+    first.used["warm_up"].with_name(first.used["warm_up"].name + ".seconds").write_text("")
+    first.used["translation"].with_suffix(".npy").write_bytes(b"half")
+    aligned.unlink()
+    second = Run(settings, data, tmp_path)
+    again = walk(second)
+    assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), again.state_dict().values()))
+    assert not list(tmp_path.glob("*part")) and second.cost["warm_up"] is None and second.cost["align_translated"] > 0
+
+
+def test_weights_are_known_by_their_content(tmp_path):
+    for name, content in (("a.pth", b"1"), ("b.pth", b"1"), ("c.pth", b"2")):
+        (tmp_path / name).write_bytes(content)
+    a, b, c = (weights_digest(str(tmp_path / f"{k}.pth")) for k in "abc")
+    assert a == b != c and weights_digest(f"caffe:{tmp_path / 'a.pth'}") != a and weights_digest("imagenet") == "imagenet"
+    with pytest.raises(FileNotFoundError, match="give 'none', 'imagenet' or an existing file"):
+        weights_digest(str(tmp_path / "d.pth"))
+
+
+def test_a_run_that_goes_on_does_not_read_all_files_again(tmp_path, monkeypatch):
+    import mlan.stages
+    reads, check = [], mlan.stages.check_dataset
+    monkeypatch.setattr(mlan.stages, "check_dataset", lambda ds: reads.append(ds) or check(ds))
+    root = _folder(tmp_path / "set")
+    args = make_settings(f"folder:{root}", "streets:camera", "source_only", **FEW)
+    notes = [open_pair(args, stages=tmp_path / "stages").notes for _ in range(2)]
+    assert len(reads) == 4 and notes[0] == notes[1] != ()
+    Image.fromarray(np.zeros((36, 64), np.uint8)).save(root / "labels" / "000.png")
+    open_pair(args, stages=tmp_path / "stages")
+    assert len(reads) == 8
+
+
 def test_interrupted_inside_a_stage_goes_on_from_its_checkpoint(tmp_path, monkeypatch):
     settings = make_settings(*PAIR, "cr_al", **{**FEW, "steps": 8, "schedule_steps": 8, "map_weights": "shuffled"})
     data = open_pair(settings)
@@ -171,15 +243,14 @@ def test_nan_stops_names_the_step_and_keeps_the_last_good_checkpoint(tmp_path, m
 
 def test_weights_that_break_after_a_finite_loss_are_not_kept(tmp_path, monkeypatch):
     import mlan.trainer
-    update = mlan.trainer.apply_update
+    descend = mlan.trainer.descend
 
-    def breaks(optimiser, terms, *args):
-        logged = update(optimiser, terms, *args)
+    def breaks(optimiser, *args):
+        descend(optimiser, *args)
         with torch.no_grad():
             optimiser.param_groups[0]["params"][0].fill_(float("inf"))
-        return logged
 
-    monkeypatch.setattr(mlan.trainer, "apply_update", breaks)
+    monkeypatch.setattr(mlan.trainer, "descend", breaks)
     few = {**FEW, "checkpoint_every": 1, "log_every": 1}
     with pytest.raises(TrainingError, match="the weights of net are not finite after step 1"):
         run_mlan(*PAIR, "source_only", out=tmp_path / "run", progress=False, **few)
@@ -220,7 +291,8 @@ def test_target_labels_are_not_loaded():
 
 
 def test_oracle_trains_on_target_images_and_labels():
-    data = open_pair(make_settings(*PAIR, "oracle", **FEW))
+    data = open_pair(make_settings(*PAIR, "oracle", **{**FEW, "size": (48, 64)}))
+    assert data.source.size == (32, 64)                           # the target's, at which it is scored
     assert torch.equal(data.source.batch([0])[0], data.target.batch([0])[0])
     assert (data.source.batch([0])[1] != 255).any()
 
