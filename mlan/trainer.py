@@ -7,7 +7,7 @@ __all__ = ['processes', 'usable_device', 'autocast', 'write_whole', 'save_atomic
            'drop_checkpoints', 'read_log', 'TrainingError', 'train_loop', 'backward', 'descend', 'apply_update', 'poly',
            'segmentation_optimiser', 'critic_optimiser', 'SegmentationStep', 'TranslationStep']
 
-# %% ../nbs/15_trainer.ipynb #5a48e886
+# %% ../nbs/15_trainer.ipynb #3b7f3e8a
 import json
 import os
 import pickle
@@ -30,7 +30,7 @@ from .region_labels import region_grid
 from .settings import Settings
 from .translation import TranslationPair
 
-# %% ../nbs/15_trainer.ipynb #092de973
+# %% ../nbs/15_trainer.ipynb #b80ac046
 def processes(device: str = "auto") -> PartialState:  # of "auto", "cpu", "cuda", ...
     "The processes of this run: `.process_index`, `.num_processes`, `.is_main_process`, `.device`, `.wait_for_everyone()`."
     alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
@@ -54,7 +54,7 @@ def autocast(device: torch.device, precision: str):  # a context
         raise ValueError("precision bf16 is not in this GPU's hardware; give precision fp32")
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
 
-# %% ../nbs/15_trainer.ipynb #efcf9a7c
+# %% ../nbs/15_trainer.ipynb #cbefe2f1
 def write_whole(path: Path, write):  # function of the path to write to
     "Write a file that is there whole or not at all, whoever else writes it."
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
@@ -91,7 +91,7 @@ def load_whole(path: Path, device="cpu"):
         pass
     raise TornFile(f"{path} is torn, or no file of this package; delete it, or give another")
 
-# %% ../nbs/15_trainer.ipynb #05f2e3eb
+# %% ../nbs/15_trainer.ipynb #0c347381
 def _random_state() -> dict:
     return {"cpu": torch.get_rng_state(), **({"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {})}
 
@@ -122,7 +122,7 @@ def drop_checkpoints(prefix: Path):
     for suffix in (".partial.pt", ".partial.before.pt", ".partial.fresh.pt"):
         Path(f"{prefix}{suffix}").unlink(missing_ok=True)
 
-# %% ../nbs/15_trainer.ipynb #9eaa8958
+# %% ../nbs/15_trainer.ipynb #94b14529
 def _restored(parts: dict, path: Path) -> int | None:
     "Give the parts what a checkpoint holds; the step that it was written after, or None (and a warning) if it cannot be used."
     fresh = {name: deepcopy(part.state_dict()) for name, part in parts.items()}
@@ -134,7 +134,7 @@ def _restored(parts: dict, path: Path) -> int | None:
             part.load_state_dict(state["parts"][name])
         _set_random_state(state["random"])
         return state["step"]
-    except (TornFile, RuntimeError, ValueError, LookupError, TypeError) as error:
+    except (TornFile, OSError, RuntimeError, ValueError, LookupError, TypeError) as error:
         for name, part in parts.items():
             part.load_state_dict(fresh[name])
         if processes().is_main_process and path.exists():
@@ -142,7 +142,7 @@ def _restored(parts: dict, path: Path) -> int | None:
         warnings.warn(f"{path} cannot be used ({type(error).__name__}) and is kept as {path.name}.torn; training goes on from the "
                       "checkpoint before it, if there is one", stacklevel=2)
 
-# %% ../nbs/15_trainer.ipynb #52302f67
+# %% ../nbs/15_trainer.ipynb #e00dce84
 def read_log(log: Path) -> list:  # of rows
     "The rows of a log; a last line that a kill cut short is left out."
     rows = []
@@ -164,7 +164,7 @@ def _resume(parts, checkpoint, log) -> int:
     processes().wait_for_everyone()
     return start
 
-# %% ../nbs/15_trainer.ipynb #1cc4b8a5
+# %% ../nbs/15_trainer.ipynb #f13d1f0a
 class TrainingError(RuntimeError):
     "Training cannot go on; the message names stage, step, and the checkpoint that is kept."
 
@@ -192,7 +192,7 @@ def _due(done, every, steps):
     "Every so many steps, and after the last one; 0 = never."
     return every > 0 and (done % every == 0 or done == steps)
 
-# %% ../nbs/15_trainer.ipynb #1fcb9e8b
+# %% ../nbs/15_trainer.ipynb #862c966e
 def train_loop(step,  # object with .parts {name: has state_dict} and __call__(i) -> {name: scalar tensor}
                steps: int, prefix: Path,  # log is PREFIX.jsonl, checkpoint PREFIX.partial.pt
                settings: Settings, validate=None,  # function () -> mIoU on val
@@ -219,7 +219,7 @@ def train_loop(step,  # object with .parts {name: has state_dict} and __call__(i
             _keep(step.parts, done, checkpoint)
     return log
 
-# %% ../nbs/15_trainer.ipynb #5c4c928f
+# %% ../nbs/15_trainer.ipynb #75e203ee
 def backward(terms: dict) -> dict:  # {name: scalar} for the log
     "Send the sum of the terms backward; what has a / in its name is only logged."
     sum(v for k, v in terms.items() if "/" not in k).backward()
@@ -252,7 +252,7 @@ def apply_update(optimiser: torch.optim.Optimizer, terms: dict, clip_norm: float
     descend(optimiser, clip_norm)
     return logged
 
-# %% ../nbs/15_trainer.ipynb #c142c945
+# %% ../nbs/15_trainer.ipynb #4e1ba7a2
 def poly(step: int, steps: int, power: float = 0.9) -> float:
     "The poly schedule: (1 - step / steps) ** power, and never quite zero."
     return (1 - min(step, steps - 1) / steps) ** power
@@ -279,7 +279,7 @@ def critic_optimiser(alignment: CoRegularizedAL | None, settings: Settings) -> t
         parameters = [p for c in alignment.critics for p in c.parameters()]
         return torch.optim.Adam(parameters, settings.critic_lr, (0.9, 0.99), fused=_fused(parameters))
 
-# %% ../nbs/15_trainer.ipynb #b8d30c55
+# %% ../nbs/15_trainer.ipynb #60bb0158
 class SegmentationStep:
     "One step of Eq. 10 for E, C_seg, C_region and C_image; without an alignment, of Eq. 2 or 14."
 
@@ -312,7 +312,7 @@ class SegmentationStep:
         descend(self.learn, self.s.clip_norm)
         return logged | (_critic_update(self, *flows) if self.judge else {})
 
-# %% ../nbs/15_trainer.ipynb #e0dd1915
+# %% ../nbs/15_trainer.ipynb #2ce970b7
 def _prepare(step, i):
     "Learning rates, and BatchNorm's mode; no gradient of the last step is left."
     decay = poly(i, step.steps, step.s.power)
@@ -335,7 +335,7 @@ def _both_flows(step, images, regions, unlabelled):
     source, target = both.features.split([len(images), len(unlabelled)])
     return [Flow(source, both.grids, regions), Flow(target, both.grids)]
 
-# %% ../nbs/15_trainer.ipynb #edc4044a
+# %% ../nbs/15_trainer.ipynb #fbe4472d
 def _source_terms(step, source, labels):
     terms = {"seg": segmentation_loss(step.net.classifier(source.features), labels)}
     return terms | (step.alignment.source_losses(source) if step.alignment else {})
@@ -351,7 +351,7 @@ def _critic_update(step, source, target):
         terms = step.alignment.critic_losses(source, target)
     return apply_update(step.judge, terms)
 
-# %% ../nbs/15_trainer.ipynb #6f2bab64
+# %% ../nbs/15_trainer.ipynb #8b79a341
 class TranslationStep:
     "One step of Eq. 12: generators, then critics."
 
