@@ -6,7 +6,6 @@ All files are read once before, so that memory and not the disk is measured.
 """
 
 import argparse
-import json
 import os
 import platform
 import tempfile
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from records import append_records
 
 from mlan.datasets import Streets, gta5, open_dataset
 from mlan.label_spaces import CITYSCAPES_IDS
@@ -93,9 +93,7 @@ def main() -> None:
     print(f"check {record['pairs_checked_per_second']} pairs/s, prepare {record['pairs_prepared_per_second']} pairs/s")
     for way, images in record["images_per_second"].items():
         print(f"{way:22s} {images:8.1f} images/s, {record['main_process_ms_per_image'][way]:6.1f} ms of the main process an image")
-    if args.out:
-        with args.out.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+    append_records([record], args.out)
 
 
 if __name__ == "__main__":

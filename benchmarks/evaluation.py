@@ -9,7 +9,6 @@ must agree, but for the pixels whose two likeliest classes differ by less than t
 """
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -19,7 +18,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from records import append_records
 from region_labels import machine
+from step import device_name
 
 from mlan.evaluation import confusion_matrix, evaluate, network_input
 from mlan.networks import Segmenter, build_extractor
@@ -110,15 +111,13 @@ def main(argv=None):
     with tempfile.TemporaryDirectory() as folder:
         result = {"forward_cpu_seconds": forward_seconds(net, tuple(args.size), device)}
         result |= compare(net, Files(Path(folder), args.images, tuple(args.label_size)), tuple(args.size), device, args)
-    about = {**machine(), **({"device": torch.cuda.get_device_name(device)} if device.type == "cuda" else {})}
+    about = {**machine(), "device": device_name(device)}
     record = {"benchmark": "evaluation", "backbone": args.backbone, "size": args.size, "label_size": args.label_size,
               "batch_size": args.batch_size, "threads": args.threads, "torch_threads": torch.get_num_threads(), "rounds": args.rounds,
               **{k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in result.items()}, **about}
     for key, value in record.items():
         print(f"{key:22} {value}")
-    if args.records:
-        with args.records.open("a") as f:
-            f.write(json.dumps(record) + "\n")
+    append_records([record], args.records)
 
 
 if __name__ == "__main__":

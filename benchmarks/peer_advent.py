@@ -16,7 +16,6 @@ import argparse
 import contextlib
 import copy
 import io
-import json
 import statistics
 import sys
 import types
@@ -26,6 +25,7 @@ from pathlib import Path
 
 import torch
 from advent_step import CHANGING, LADDER, EqualStep, ladder, our_net
+from records import append_records
 from step import (CLASSES, build_steps, clock, counted_flops, fitting_clock, flop_counter, machine, made_up, median_ratio,
                   peak_elsewhere, peak_mib, share_of_peak, spread, threads)
 from torch import Tensor, nn
@@ -278,9 +278,7 @@ def main(argv=None) -> list:  # the records
         fitting_clock(args.clock, device)
         records = compare(args, device)
     print(table(records))
-    if args.records:
-        with args.records.open("a") as f:
-            f.writelines(json.dumps(r) + "\n" for r in records)
+    append_records(records, args.records)
     return records
 
 

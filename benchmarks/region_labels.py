@@ -11,7 +11,6 @@ import argparse
 import json
 import os
 import pickle
-import platform
 import resource
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from pathlib import Path
 import numpy as np
 from joblib.externals.loky import get_reusable_executor
 from PIL import Image
+from records import append_records, commit, cpu_name
 
 from mlan.region_labels import RegionLabeller, RegionSettings, fit_vocabularies, label_dataset
 from mlan.streets import draw_street
@@ -72,11 +72,7 @@ def measure(given: Path, n: int, jobs: int) -> dict:
 
 def machine() -> dict:
     "What a record says about where it was measured."
-    info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line] if info.exists() else []
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
-    return {"device": (names or [platform.processor() or platform.machine()])[0], "cores": len(names) or None,
-            "load": round(os.getloadavg()[0], 1), "commit": commit.stdout.strip()}
+    return {"device": cpu_name(), "cores": os.cpu_count(), "load": round(os.getloadavg()[0], 1), "commit": commit()}
 
 
 def report(rows: list):
@@ -115,9 +111,7 @@ def main(argv=None):
                 call = [sys.executable, __file__, "--one", str(given), str(n), str(jobs)]
                 rows.append(json.loads(subprocess.run(call, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1]))
         report(rows)
-    if args.records:
-        with args.records.open("a") as f:
-            f.writelines(json.dumps({"benchmark": "region_labels", "size": SIZE, **r, **machine()}) + "\n" for r in rows)
+    append_records([{"benchmark": "region_labels", "size": SIZE, **r, **machine()} for r in rows], args.records)
 
 
 if __name__ == "__main__":

@@ -8,23 +8,22 @@ measured in a process of its own for each method: the tensors that are alive at 
 """
 
 import argparse
-import json
 import statistics
 import subprocess
 import sys
 import time
 from contextlib import contextmanager, nullcontext
-from dataclasses import fields
 from pathlib import Path
 
 import torch
+from records import append_records, commit, cpu_name
 from torch.utils.flop_counter import FlopCounterMode
 
 from mlan.co_regularized_al import ABLATIONS, AlignmentSettings, CoRegularizedAL
 from mlan.dry_run import LiveMemory
 from mlan.networks import Segmenter, build_extractor, freeze_batch_norm
 from mlan.region_labels import region_grid
-from mlan.settings import Settings, make_settings
+from mlan.settings import make_settings
 from mlan.trainer import SegmentationStep, usable_device
 
 METHODS = ("source_only", "source_only+target", *(name for name in ABLATIONS if name != "source_only"))
@@ -35,11 +34,6 @@ TERAFLOPS = {  # dense peaks of the makers' data sheets, in 1e12 operations a se
     "A100": {"bf16": 312, "tf32": 156, "fp32": 19.5}, "L40S": {"bf16": 362, "tf32": 183, "fp32": 91.6},
     "L4": {"bf16": 121, "tf32": 60, "fp32": 30.3}, "A10": {"bf16": 125, "tf32": 62.5, "fp32": 31.2},
 }
-
-
-def known_settings(**values) -> dict:  # those that this version's Settings has
-    "Drop the settings that the installed package lacks."
-    return {name: value for name, value in values.items() if name in {f.name for f in fields(Settings)}}
 
 
 def clock(device: torch.device, kind: str = "wall") -> float:  # seconds
@@ -57,16 +51,15 @@ def fitting_clock(kind: str, device: torch.device):
 
 def machine(device: torch.device) -> dict:
     "What a record says about where it was measured."
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
-    return {"device": name, "torch": torch.__version__, "threads": torch.get_num_threads(), "commit": commit.stdout.strip(),
+    return {"device": device_name(device), "torch": torch.__version__, "threads": torch.get_num_threads(), "commit": commit(),
             "tf32": device.type == "cuda" and torch.backends.cudnn.allow_tf32}
 
 
-def _cpu_name():
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "cpu")
+def device_name(device: torch.device) -> str:
+    "The GPU's name, or the processor's."
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return cpu_name()
 
 
 def share_of_peak(flops: float, seconds: float, precision: str, where: dict) -> float | None:  # None: peak unknown
@@ -159,9 +152,8 @@ def build_steps(methods: list, backbone: str, precision: str, batch: tuple,  # f
     profile = "quick" if backbone == "small" else "paper"
     settings = make_settings("made-up", "made-up", "cr_al", profile, backbone=backbone, weights="none", size=tuple(images.shape[-2:]),
                              target_size=tuple(target.shape[-2:]), batch_size=len(images),
-                             **known_settings(precision=precision, **overrides))
-    how = {"checkpointing": settings.checkpointing} if hasattr(settings, "checkpointing") else {}
-    net = Segmenter(build_extractor(backbone, "none", **how), CLASSES).to(device)
+                             precision=precision, **overrides)
+    net = Segmenter(build_extractor(backbone, "none", checkpointing=settings.checkpointing), CLASSES).to(device)
     freeze_batch_norm(calibrated(net.extractor, images), affine=backbone != "small")    # as with ImageNet weights
     return {name: _step(name, net, (images, labels, regions), target, settings) for name in methods}
 
@@ -297,17 +289,12 @@ def main(argv=None) -> list:  # the records
         fitting_clock(args.clock, device)
         for backbone in args.backbone:
             for precision in args.precision:
-                if precision != "fp32" and not known_settings(precision=precision):
-                    print(f"{precision} is left out: this version's Settings has no precision")
-                    continue
                 for case in cases(args)[:1] if args.peak_only else cases(args):
                     if args.peak_only:
                         return print(peak_mib(lambda b=backbone, p=precision, c=case: _only(args, b, p, c, device), device))
                     records += measure(args, backbone, precision, case, device)
     print(table(records))
-    if args.records:
-        with args.records.open("a") as f:
-            f.writelines(json.dumps(r) + "\n" for r in records)
+    append_records(records, args.records)
     return records
 
 

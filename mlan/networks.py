@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['STYLES', 'BACKBONES', 'reverse_gradient', 'AtrousClassifier', 'RegionClassifier', 'forget_matrices',
            'DomainClassifier', 'resize', 'Normalise', 'conv_norm', 'SmallExtractor', 'ResNetExtractor', 'VGGExtractor',
-           'frozen', 'freeze_batch_norm', 'build_extractor', 'Segmenter', 'over_processes', 'labelled_count',
-           'segmentation_loss']
+           'frozen', 'freeze_batch_norm', 'weights_digest', 'build_extractor', 'Segmenter', 'over_processes',
+           'labelled_count', 'segmentation_loss']
 
-# %% ../nbs/05_networks.ipynb #4aa90e4b
+# %% ../nbs/05_networks.ipynb #17159463
+import hashlib
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.models.resnet import Bottleneck
 
-# %% ../nbs/05_networks.ipynb #19949039
+# %% ../nbs/05_networks.ipynb #76f24540
 class _Reversal(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, scale):
@@ -40,7 +41,7 @@ def reverse_gradient(x: Tensor,  # any shape
     "Gradient reversal layer (Ganin and Lempitsky 2015): identity forward, minus `scale` times the gradient backward."
     return _Reversal.apply(x, scale)
 
-# %% ../nbs/05_networks.ipynb #195d9144
+# %% ../nbs/05_networks.ipynb #1b20cbdc
 class AtrousClassifier(nn.Module):
     "DeepLab-V2's classifier: the sum of four 3 x 3 convolutions with different dilations."
 
@@ -56,7 +57,7 @@ class AtrousClassifier(nn.Module):
     def forward(self, features: Tensor) -> Tensor:  # (B, channels, h, w) -> (B, classes, h, w)
         return sum(branch(features) for branch in self.branches)
 
-# %% ../nbs/05_networks.ipynb #8400b8ea
+# %% ../nbs/05_networks.ipynb #b49de458
 @lru_cache(maxsize=64)
 def _cell_means(size: int, cells: int, reach: int, device: torch.device) -> Tensor:  # (3 * cells, size)
     "Rows that average the cells of an axis, moved by -reach, 0 and reach: first all cells of one move, then of the next."
@@ -78,7 +79,7 @@ class RegionClassifier(AtrousClassifier):
             logits = logits + branch.weight.flatten(1) @ means + branch.bias[:, None]
         return logits.unflatten(2, grid)
 
-# %% ../nbs/05_networks.ipynb #4c6e8034
+# %% ../nbs/05_networks.ipynb #b2dd75cc
 @lru_cache(maxsize=64)
 def _resize_rows(size: int, device: torch.device) -> Tensor:  # (96, size)
     "The antialiased bilinear resize of an axis to 96, as a matrix."
@@ -90,7 +91,7 @@ def forget_matrices():
     _cell_means.cache_clear()
     _resize_rows.cache_clear()
 
-# %% ../nbs/05_networks.ipynb #1889481c
+# %% ../nbs/05_networks.ipynb #03078a11
 class DomainClassifier(nn.Module):
     "C_image: features to a 3 x 3 map of logits that a ninth of the image is from the source domain."
 
@@ -122,7 +123,7 @@ class DomainClassifier(nn.Module):
         mixed = F.conv2d(features, kernel).unflatten(1, (4, 4, -1))                  # (B, 4, 4, width, h, w)
         return torch.einsum("byxkhw,uhy,vwx->bkuv", mixed, *taps) + first.bias[:, None, None]
 
-# %% ../nbs/05_networks.ipynb #8fa39986
+# %% ../nbs/05_networks.ipynb #d8f51136
 def resize(maps: Tensor,  # (B, K, h, w)
            size: tuple,  # (H, W)
            antialias: bool = False) -> Tensor:  # (B, K, H, W)
@@ -132,7 +133,7 @@ def resize(maps: Tensor,  # (B, K, h, w)
     shrinks = maps.shape[-2] > size[0] or maps.shape[-1] > size[1]      # antialiasing changes nothing where a map grows
     return F.interpolate(maps, tuple(size), mode="bilinear", align_corners=False, antialias=antialias and shrinks)
 
-# %% ../nbs/05_networks.ipynb #7b600ff5
+# %% ../nbs/05_networks.ipynb #f5f5cabb
 STYLES = {
     "torchvision": dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), bgr=False),
     "caffe": dict(mean=(103.939, 116.779, 123.68), std=(1.0, 1.0, 1.0), bgr=True),
@@ -154,7 +155,7 @@ class Normalise(nn.Module):
         images = images.flip(1) * 255 if self.bgr else images
         return (images - self.mean) / self.std
 
-# %% ../nbs/05_networks.ipynb #8ebb2741
+# %% ../nbs/05_networks.ipynb #12e25e29
 def conv_norm(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
     "A convolution without bias and the BatchNorm after it; as one convolution where the statistics are fixed."
     if norm.training:
@@ -163,7 +164,7 @@ def conv_norm(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
     shift = norm.bias - norm.running_mean * scale
     return F.conv2d(x, conv.weight * scale[:, None, None, None], shift, conv.stride, conv.padding, conv.dilation)
 
-# %% ../nbs/05_networks.ipynb #f06d62ff
+# %% ../nbs/05_networks.ipynb #f2da51de
 class _ConvNorm(nn.Sequential):
     "A convolution and its BatchNorm."
 
@@ -197,7 +198,7 @@ class SmallExtractor(nn.Module):
     def forward(self, images: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, 64, H/4, W/4)
         return self.body(self.normalise(images))
 
-# %% ../nbs/05_networks.ipynb #7ba32325
+# %% ../nbs/05_networks.ipynb #669cfb43
 class _Bottleneck(Bottleneck):
     "torchvision's block, with `conv_norm` for each pair of layers."
 
@@ -207,7 +208,7 @@ class _Bottleneck(Bottleneck):
         past = x if self.downsample is None else conv_norm(x, *self.downsample)
         return F.relu_(conv_norm(out, self.conv3, self.bn3).add_(past))
 
-# %% ../nbs/05_networks.ipynb #ad15ab73
+# %% ../nbs/05_networks.ipynb #ccbcc905
 class _Recomputed(nn.Sequential):
     "A stage whose blocks keep only their input and are computed again going backward; not while BatchNorm counts its batches."
 
@@ -241,7 +242,7 @@ class ResNetExtractor(nn.Module):
     def forward(self, images: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, 2048, H/8, W/8), rounded up
         return self.body(self.normalise(images))
 
-# %% ../nbs/05_networks.ipynb #a21ad3af
+# %% ../nbs/05_networks.ipynb #43e51f26
 class VGGExtractor(nn.Module):
     "E with VGG-16 as [26] have it: pool4 and pool5 dropped, conv5 dilated, fc6 and fc7 as convolutions."
     channels, stride, rates = 1024, 8, (6, 12, 18, 24)
@@ -259,14 +260,14 @@ class VGGExtractor(nn.Module):
     def forward(self, images: Tensor) -> Tensor:  # (B, 3, H, W) -> (B, 1024, H/8, W/8), rounded down
         return F.relu(self.fc7(F.relu(self.fc6(self.features(self.normalise(images))))))
 
-# %% ../nbs/05_networks.ipynb #e4b4e77d
+# %% ../nbs/05_networks.ipynb #970b6378
 def _fc_as_convolutions(state):
     "ImageNet's two fully connected layers as fc6 and fc7: every fourth unit, the taps that dilation 4 reaches."
     w6, w7 = state["classifier.0.weight"], state["classifier.3.weight"]
     return {"fc6.weight": w6.unflatten(1, (-1, 7, 7))[::4, :, 2:5, 2:5], "fc6.bias": state["classifier.0.bias"][::4],
             "fc7.weight": F.pad(w7[::4, ::4, None, None], (1, 1, 1, 1)), "fc7.bias": state["classifier.3.bias"][::4]}
 
-# %% ../nbs/05_networks.ipynb #6e32ca70
+# %% ../nbs/05_networks.ipynb #50b57c14
 @contextmanager
 def frozen(*modules: nn.Module):
     "Inside, the modules' parameters get no gradient; gradients still pass through to their inputs."
@@ -291,7 +292,7 @@ def freeze_batch_norm(module: nn.Module,
                 layer.requires_grad_(False)
     return module
 
-# %% ../nbs/05_networks.ipynb #a0ef89c1
+# %% ../nbs/05_networks.ipynb #5ed2f06c
 def _plain_names(state):
     return {k.removeprefix("module.").removeprefix("Scale."): v for k, v in state.items()}
 
@@ -310,12 +311,26 @@ def _find_style(state, stated, source):
                          f"write {fits}:{source}")
     return style
 
-# %% ../nbs/05_networks.ipynb #61fd01d7
-def _read_weights(source):
-    "Named tensors of a file."
+# %% ../nbs/05_networks.ipynb #3ef741f2
+def _weight_file(weights):
+    "The style, if one is stated, and the file of FILE or STYLE:FILE."
+    style, source = weights.split(":", 1) if weights.startswith(tuple(f"{s}:" for s in STYLES)) else (None, weights)
     if not Path(source).is_file():
         raise FileNotFoundError(f"weights: there is no file {source}; give 'none', 'imagenet', an existing file, or STYLE:FILE "
                                 f"with a style of {', '.join(STYLES)}")
+    return style, source
+
+
+def weights_digest(weights: str) -> str:  # as for `build_extractor`
+    "What says which weights these are: the word, or for a file its style and its content, wherever it lies."
+    if weights in ("none", "imagenet"):
+        return weights
+    style, source = _weight_file(weights)
+    return f"{style or ''}:{hashlib.sha256(Path(source).read_bytes()).hexdigest()}"
+
+# %% ../nbs/05_networks.ipynb #315b5674
+def _read_weights(source):
+    "Named tensors of a file."
     try:
         state = load_file(source) if source.endswith(".safetensors") else torch.load(source, map_location="cpu", weights_only=True)
         return {k: v.float() for k, v in state.items()}
@@ -337,7 +352,7 @@ def _load_weights(extractor, state, source):
         raise ValueError(f"weights: {source} does not fit this backbone; missing {missing[:3]}, unexpected {foreign[:3]}")
     extractor.load_state_dict(state, strict=False)
 
-# %% ../nbs/05_networks.ipynb #1eddc6f6
+# %% ../nbs/05_networks.ipynb #f764157e
 BACKBONES = ("small", "resnet50", "resnet101", "vgg16")
 
 
@@ -356,9 +371,9 @@ def build_extractor(backbone: str = "small",  # one of BACKBONES
     if weights == "imagenet":
         style, state = "torchvision", torchvision.models.get_model_weights(backbone)["IMAGENET1K_V1"].get_state_dict(check_hash=True)
     elif weights != "none":
-        stated, weights = weights.split(":", 1) if weights.startswith(tuple(f"{s}:" for s in STYLES)) else (style, weights)
+        stated, weights = _weight_file(weights)
         state = _read_weights(weights)
-        style = _find_style(state, stated, weights)
+        style = _find_style(state, stated or style, weights)
     style = style or "torchvision"
     extractor = VGGExtractor(style) if backbone == "vgg16" else ResNetExtractor(backbone, style, checkpointing)
     if weights != "none":
@@ -366,7 +381,7 @@ def build_extractor(backbone: str = "small",  # one of BACKBONES
         freeze_batch_norm(extractor, affine=True)
     return extractor
 
-# %% ../nbs/05_networks.ipynb #825288dc
+# %% ../nbs/05_networks.ipynb #3eca15b5
 class Segmenter(nn.Module):
     "E + C_seg: images to class logits at the features' stride."
 

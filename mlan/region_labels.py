@@ -7,9 +7,7 @@ __all__ = ['DESCRIPTORS', 'region_grid', 'stretch', 'patch_hog', 'class_histogra
            'Vocabulary', 'fit_vocabulary', 'assign', 'region_labels', 'sample_patches', 'fit_vocabularies',
            'RegionLabeller', 'label_dataset', 'relation_name', 'save_regions', 'load_regions']
 
-# %% ../nbs/04_region_labels.ipynb #e84f9041
-import os
-import socket
+# %% ../nbs/04_region_labels.ipynb #f314898d
 import tempfile
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -25,9 +23,10 @@ from joblib import Parallel, delayed, effective_n_jobs
 from scipy.spatial import KDTree
 from sklearn.cluster import DBSCAN
 
+from .datasets import write_whole
 from .streets import CITYSCAPES_CLASSES, CITYSCAPES_COLORS, IGNORE
 
-# %% ../nbs/04_region_labels.ipynb #dabbe763
+# %% ../nbs/04_region_labels.ipynb #58bfbb85
 def region_grid(size: tuple,  # (H, W) of the label map
                 patch: int,  # s, pixels
                 ) -> tuple:  # (I, J)
@@ -42,7 +41,7 @@ def stretch(labels: np.ndarray,  # (H, W) class ids
                   for n, size in zip(region_grid(labels.shape, patch), labels.shape))
     return labels[rows][:, cols]
 
-# %% ../nbs/04_region_labels.ipynb #6adbdd90
+# %% ../nbs/04_region_labels.ipynb #61aa72c9
 def _gradients(labels: np.ndarray,  # (H, W)
                colors: np.ndarray) -> tuple:  # rows, columns, vertical and horizontal gradients, each (M,)
     "Central differences of the colour-coded map where they can differ from zero; the channel that changes most speaks."
@@ -56,7 +55,7 @@ def _gradients(labels: np.ndarray,  # (H, W)
     channel = np.arange(len(y)), np.hypot(down, right).argmax(1)
     return y, x, down[channel], right[channel]
 
-# %% ../nbs/04_region_labels.ipynb #708f919c
+# %% ../nbs/04_region_labels.ipynb #ca396362
 def patch_hog(labels: np.ndarray,  # (H, W) class ids, 255 = ignored (black)
               patch: int,  # s, an even number of pixels
               colors: np.ndarray = CITYSCAPES_COLORS,  # (C, 3)
@@ -75,7 +74,7 @@ def patch_hog(labels: np.ndarray,  # (H, W) class ids, 255 = ignored (black)
 
 def _length(rows): return np.sqrt((rows ** 2).sum(1, keepdims=True) + 1e-10)
 
-# %% ../nbs/04_region_labels.ipynb #04eaca77
+# %% ../nbs/04_region_labels.ipynb #b14c81f1
 DESCRIPTORS = ("hog", "hog+classes")
 
 
@@ -101,7 +100,7 @@ def describe_patches(labels: np.ndarray, patch: int,
         parts.append(class_histogram(labels, patch, len(colors)))
     return np.hstack(parts).astype(np.float32)
 
-# %% ../nbs/04_region_labels.ipynb #be0c08ca
+# %% ../nbs/04_region_labels.ipynb #b9a060f0
 @dataclass(frozen=True)
 class RegionSettings:
     "How the vocabulary of context-relations is made."
@@ -126,7 +125,7 @@ class Vocabulary:
     def n(self) -> int:
         return int(self.numbers.max()) + 1
 
-# %% ../nbs/04_region_labels.ipynb #0b7768ae
+# %% ../nbs/04_region_labels.ipynb #cd429d55
 def _cluster(points, counts, distances, eps, min_samples):
     "DBSCAN at one eps: (labels, core mask), noise = -1."
     fit = DBSCAN(eps=eps, min_samples=min_samples, metric="precomputed").fit(distances, sample_weight=counts)
@@ -134,7 +133,7 @@ def _cluster(points, counts, distances, eps, min_samples):
     core[fit.core_sample_indices_] = True
     return fit.labels_, core
 
-# %% ../nbs/04_region_labels.ipynb #2e3f23fc
+# %% ../nbs/04_region_labels.ipynb #0d14d480
 def fit_vocabulary(descriptors: np.ndarray,  # (M, D) of sampled patches
                    patch: int, settings: RegionSettings = RegionSettings()) -> Vocabulary:
     "Search eps so that DBSCAN finds about N clusters; keep the N largest."
@@ -157,7 +156,7 @@ def fit_vocabulary(descriptors: np.ndarray,  # (M, D) of sampled patches
     kept[kept] = rank[labels[kept]] < settings.n_relations
     return Vocabulary(patch, float(eps), points[kept], rank[labels[kept]].astype(np.uint8), float(1 - share))
 
-# %% ../nbs/04_region_labels.ipynb #95c90ef4
+# %% ../nbs/04_region_labels.ipynb #fbc9f3c2
 def _squared_distances(points):
     norms = (points.astype(np.float64) ** 2).sum(1)
     return norms[:, None] + norms - 2 * points.astype(np.float64) @ points.T.astype(np.float64)
@@ -170,7 +169,7 @@ def _candidate_radii(distances, counts, min_samples):
     radius = np.take_along_axis(distances, order, 1)[np.arange(len(distances)), reached.argmax(1)]
     return np.unique(np.maximum(np.quantile(radius, np.linspace(0.1, 0.9, 9)), 1e-3))
 
-# %% ../nbs/04_region_labels.ipynb #a10dbbd8
+# %% ../nbs/04_region_labels.ipynb #2044207a
 def assign(descriptors: np.ndarray,  # (M, D)
            vocabulary: Vocabulary) -> np.ndarray:  # uint8 (M,), relation or 255
     "Nearest core sample's relation within eps, else 255; each patch by itself, so pieces equal the whole."
@@ -185,7 +184,7 @@ def region_labels(labels: np.ndarray,  # (H, W) class ids
     found = assign(describe_patches(labels, vocabulary.patch, settings.descriptor, colors), vocabulary)
     return found.reshape(region_grid(labels.shape, vocabulary.patch))
 
-# %% ../nbs/04_region_labels.ipynb #9a378398
+# %% ../nbs/04_region_labels.ipynb #d7c3c5b4
 def sample_patches(label_map: Callable,  # i -> (H, W) class ids
                    n: int,  # how many maps there are
                    settings: RegionSettings, colors: np.ndarray = CITYSCAPES_COLORS) -> list:  # per level (<= sample, D)
@@ -208,7 +207,7 @@ def fit_vocabularies(label_map: Callable,  # i -> (H, W) class ids
     sampled = sample_patches(label_map, n, settings, colors)
     return [fit_vocabulary(rows, patch, settings) for rows, patch in zip(sampled, settings.patches)]
 
-# %% ../nbs/04_region_labels.ipynb #707dfe16
+# %% ../nbs/04_region_labels.ipynb #1fb04e5c
 @dataclass(frozen=True)
 class RegionLabeller:
     "Region labels of one label map at all levels."
@@ -219,13 +218,13 @@ class RegionLabeller:
     def __call__(self, labels: np.ndarray) -> list:  # per level uint8 (I, J)
         return [region_labels(labels, v, self.settings, self.colors) for v in self.vocabularies]
 
-# %% ../nbs/04_region_labels.ipynb #7950dc92
+# %% ../nbs/04_region_labels.ipynb #bac83442
 def _write_arrays(path: Path, arrays: dict):
-    "One .npz file, whole or not at all, whoever else writes it."
-    part = Path(f"{path}.{socket.gethostname()}.{os.getpid()}.part")
-    with part.open("wb") as f:
-        np.savez_compressed(f, **arrays)
-    part.replace(path)
+    "One .npz file, whole or not at all."
+    def write(part):
+        with part.open("wb") as f:
+            np.savez_compressed(f, **arrays)
+    write_whole(Path(path), write)
 
 
 def _chunk_path(folder: Path, span: tuple) -> Path:
@@ -241,7 +240,7 @@ def _read_chunk(folder: Path, span: tuple) -> list | None:  # per level uint8 (B
         return None
     return levels if all(len(level) == span[1] - span[0] for level in levels) else None
 
-# %% ../nbs/04_region_labels.ipynb #52225185
+# %% ../nbs/04_region_labels.ipynb #97d4eb8d
 def _label_chunks(label_map, labeller, folder, spans, shape):
     "Label and keep some chunks; the work of one process."
     for span in spans:
@@ -253,7 +252,7 @@ def _label_chunks(label_map, labeller, folder, spans, shape):
             rows.append(labeller(labels))
         _write_arrays(_chunk_path(folder, span), {f"labels_{k}": np.stack(level) for k, level in enumerate(zip(*rows))})
 
-# %% ../nbs/04_region_labels.ipynb #4ea0682b
+# %% ../nbs/04_region_labels.ipynb #9c3d8db1
 def label_dataset(label_map: Callable,  # i -> (H, W) uint8 class ids, all of one size; must pickle if jobs != 1
                   n: int,  # how many maps there are
                   labeller: RegionLabeller,
@@ -271,14 +270,14 @@ def label_dataset(label_map: Callable,  # i -> (H, W) uint8 class ids, all of on
         Parallel(jobs)(delayed(_label_chunks)(label_map, labeller, place, missing[k::tasks], shape) for k in range(tasks))
         return [np.concatenate(level) for level in zip(*(_read_chunk(place, span) for span in spans))]
 
-# %% ../nbs/04_region_labels.ipynb #077169bd
+# %% ../nbs/04_region_labels.ipynb #d530c034
 def relation_name(histogram: np.ndarray,  # (n_classes,) mean class share in a relation's patches
                   classes: tuple = CITYSCAPES_CLASSES) -> str:
     "A relation by its classes with at least a tenth of the area, largest first: 'road-sidewalk'."
     order = [c for c in np.argsort(-histogram, kind="stable") if histogram[c] >= 0.1]
     return "-".join(classes[c] for c in order) or "mixed"
 
-# %% ../nbs/04_region_labels.ipynb #c3224bab
+# %% ../nbs/04_region_labels.ipynb #904ccd26
 def save_regions(path, vocabularies: list, labels: list):
     "Write vocabularies and region labels (per level) to one .npz file, never half of it."
     arrays = {f"labels_{i}": level for i, level in enumerate(labels)}

@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['PairData', 'open_datasets', 'fingerprints', 'open_pair', 'agreed', 'dataset_name', 'digest', 'Run', 'stage_outcome',
-           'keep_log', 'Share', 'source_batch', 'target_batch', 'in_order', 'score', 'label_regions', 'weights_digest',
-           'new_segmenter', 'warm_up', 'alignment_settings', 'new_alignment', 'align', 'make_maps', 'translate',
-           'self_train', 'walk']
+           'keep_log', 'Share', 'source_batch', 'target_batch', 'in_order', 'score', 'label_regions', 'new_segmenter',
+           'warm_up', 'alignment_settings', 'new_alignment', 'align', 'make_maps', 'translate', 'self_train', 'walk']
 
-# %% ../nbs/16_stages.ipynb #8ef90070
+# %% ../nbs/16_stages.ipynb #37c0fd5f
 import hashlib
 import json
 import math
@@ -28,19 +27,19 @@ from filelock import FileLock, Timeout
 
 from .co_regularized_al import ABLATIONS, AlignmentSettings, CoRegularizedAL
 from .consistency_map import ConsistencyMaps, dataset_maps, normalise_maps
-from .datasets import given_dataset, open_dataset
+from .datasets import given_dataset, open_dataset, write_whole
 from .evaluation import Scores, evaluate
 from .label_spaces import DataError, SharedClasses, shared_classes
-from .networks import Segmenter, build_extractor
+from .networks import Segmenter, build_extractor, weights_digest
 from .region_labels import RegionLabeller, RegionSettings, fit_vocabularies, label_dataset, load_regions, region_grid, save_regions
-from .samples import Loader, Samples, Stream, check_dataset
+from .samples import Loader, Samples, Stream, check_dataset, open_at, require_room
 from .self_training import label_target
 from .settings import PLANS, Settings
 from .trainer import (SegmentationStep, TranslationStep, drop_checkpoints, is_whole, load_whole, processes, read_log,
-                          save_atomically, train_loop, usable_device, write_whole)
+                          save_atomically, train_loop, usable_device)
 from .translation import TranslationPair, TranslationSettings
 
-# %% ../nbs/16_stages.ipynb #75ee5d48
+# %% ../nbs/16_stages.ipynb #02bc5321
 @dataclass
 class PairData:
     "A source and a target, opened, mapped to shared classes and checked."
@@ -68,7 +67,7 @@ class PairData:
     def images(self) -> dict:  # how many a split
         return {k: len(getattr(self, k) or ()) for k in ("source", "target", "val", "test")}
 
-# %% ../nbs/16_stages.ipynb #f27afe55
+# %% ../nbs/16_stages.ipynb #2d9ce00b
 _OF_TARGET = {"train": "n_target", "val": "n_val", "test": "n_test"}
 
 
@@ -89,7 +88,7 @@ def fingerprints(trained, target, val, test) -> dict:
     "What the data was, in fingerprints."
     return {"source": trained.fingerprint(), "target": target.fingerprint(), "val": val.fingerprint(), "test": test.fingerprint()}
 
-# %% ../nbs/16_stages.ipynb #6afb460a
+# %% ../nbs/16_stages.ipynb #e1230de7
 def open_pair(settings: Settings, source=None, target=None,
               stages: Path | None = None,  # folder in which it is noted what was found whole; by default nowhere
               ) -> PairData:
@@ -125,14 +124,14 @@ def _check(opened, seen) -> list:
         write_whole(seen, lambda part: part.write_text(json.dumps(notes)))
     return notes
 
-# %% ../nbs/16_stages.ipynb #fb7838e0
+# %% ../nbs/16_stages.ipynb #4f9b71fd
 def dataset_name(spec) -> str:
     "What settings and messages call a data set: its own words, or its fingerprint."
     if isinstance(spec, str):
         return spec
     return f"object:{given_dataset(spec, 'train').fingerprint()}"
 
-# %% ../nbs/16_stages.ipynb #0d4b3a7c
+# %% ../nbs/16_stages.ipynb #48fecf74
 def digest(*parts) -> str:
     "Twelve hexadecimal digits that change when any part does."
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:12]
@@ -147,7 +146,7 @@ _OF_TRANSLATION = ("seed", "size", "target_size", "translation_steps", "translat
                    "translation_width", "precision")
 _OF_SELF_TRAINING = ("target_size", "portions", "self_training_steps", "self_training_lr", "clip_norm")
 
-# %% ../nbs/16_stages.ipynb #06e0e464
+# %% ../nbs/16_stages.ipynb #83fd52fb
 class Run:
     "Settings, data and device of a run, and what its stages have left so far."
 
@@ -175,7 +174,7 @@ class Run:
         if self.main:
             save_atomically(value, path)
 
-# %% ../nbs/16_stages.ipynb #f70b2969
+# %% ../nbs/16_stages.ipynb #8ad8fa36
 def stage_outcome(run: Run, stage: str, path: Path, make,
          alone: bool = False,  # the main process makes it, the others wait
          ) -> Path:
@@ -207,7 +206,7 @@ def keep_log(run: Run, stage: str, prefix: Path):
     if run.main:
         drop_checkpoints(prefix)
 
-# %% ../nbs/16_stages.ipynb #1addcc13
+# %% ../nbs/16_stages.ipynb #a6d4196d
 @contextmanager
 def _stage_lock(path: Path, main: bool):
     "The lock on an outcome, held by the main process; parts that a killed run left are swept up."
@@ -236,7 +235,7 @@ def _set_aside_if_torn(path: Path) -> bool:  # is it whole?
         return False
     return True
 
-# %% ../nbs/16_stages.ipynb #bec37172
+# %% ../nbs/16_stages.ipynb #c162ea92
 @dataclass(frozen=True)
 class Share:
     "One process's part of a stream."
@@ -269,7 +268,7 @@ def _load(run, purpose, i) -> tuple:
 def _to_device(run, images) -> torch.Tensor:  # float in [0, 1]
     return images.to(run.device, non_blocking=True).float() / 255
 
-# %% ../nbs/16_stages.ipynb #40e7aacc
+# %% ../nbs/16_stages.ipynb #77265126
 def source_batch(run: Run, i: int) -> tuple:  # images (B, 3, H, W), labels (B, H, W), region labels a level
     "Source images with labels and region labels; some in target style where there are translated ones."
     index, images, labels = _load(run, "source", i)
@@ -299,7 +298,7 @@ def score(run: Run, net: Segmenter, dataset) -> Scores:
     part = evaluate(net.eval(), dataset, data.lut, data.classes, run.s.target_size, device=run.device, shard=share)
     return replace(part, matrix=reduce(part.matrix.to(run.device), "sum").cpu())
 
-# %% ../nbs/16_stages.ipynb #231eefa9
+# %% ../nbs/16_stages.ipynb #68554193
 def label_regions(run: Run):
     "Stage: the vocabulary of context-relations and the source's region labels."
     s, source = run.s, run.data.source
@@ -318,17 +317,7 @@ def label_regions(run: Run):
     run.regions = [torch.from_numpy(level).long() for level in labels]
     run.facts["relations"] = list(run.relations)
 
-# %% ../nbs/16_stages.ipynb #bf6cddcb
-def weights_digest(weights: str) -> str:
-    "What says which weights these are: the word, or for a file its style and its content, wherever it lies."
-    if weights in ("none", "imagenet"):
-        return weights
-    style, _, path = weights.rpartition(":") if not Path(weights).exists() else ("", "", weights)
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"weights: there is no file {path}; give 'none', 'imagenet' or an existing file")
-    return f"{style}:{hashlib.sha256(Path(path).read_bytes()).hexdigest()}"
-
-# %% ../nbs/16_stages.ipynb #72aac50a
+# %% ../nbs/16_stages.ipynb #8cece2fd
 def new_segmenter(run: Run) -> Segmenter:
     "E and C_seg as the seed makes them."
     torch.manual_seed(run.s.seed)
@@ -361,7 +350,7 @@ def warm_up(run: Run):
     stage_outcome(run, "warm_up", prefix.with_suffix(".pt"), make)
     keep_log(run, "warm_up", prefix)
 
-# %% ../nbs/16_stages.ipynb #fba8312a
+# %% ../nbs/16_stages.ipynb #20b82c56
 def alignment_settings(s: Settings) -> AlignmentSettings:
     "The fields that the objective knows."
     return AlignmentSettings(**{f.name: getattr(s, f.name) for f in fields(AlignmentSettings)})
@@ -372,7 +361,7 @@ def new_alignment(run: Run, channels: int, rates: tuple) -> CoRegularizedAL:
     alignment = CoRegularizedAL(ABLATIONS[run.plan.ablation], channels, run.relations, rates, alignment_settings(run.s))
     return alignment.to(run.device, memory_format=torch.channels_last)
 
-# %% ../nbs/16_stages.ipynb #74863b0e
+# %% ../nbs/16_stages.ipynb #6e811c67
 def _align_file(run, stage):
     plain = run.plan.ablation == "source_only"
     names = _OF_ADAPTATION + (() if plain else _OF_ALIGNMENT)
@@ -402,7 +391,7 @@ def align(run: Run, stage: str = "align") -> tuple:  # Segmenter, CoRegularizedA
         run.aligned = net, alignment
     return net, alignment
 
-# %% ../nbs/16_stages.ipynb #22faa99e
+# %% ../nbs/16_stages.ipynb #831b8334
 def make_maps(run: Run):
     "Stage: M_region, M_image and M_multi of every target image."
     path = run.file("maps", (), run.used["align"].name).with_suffix(".pt")
@@ -415,7 +404,7 @@ def make_maps(run: Run):
 
     run.maps = ConsistencyMaps(**load_whole(stage_outcome(run, "maps", path, make, alone=True)))
 
-# %% ../nbs/16_stages.ipynb #b66475d4
+# %% ../nbs/16_stages.ipynb #f6d1023b
 def _train_translation(run, prefix, maps):
     "A trained pair; maps = M_multi with mean 1, or None for plain translation."
     s = run.s
@@ -432,31 +421,22 @@ def _train_translation(run, prefix, maps):
     _train(run, "translation", TranslationStep(pair, source, target, s), s.translation_steps, prefix)
     return pair
 
-# %% ../nbs/16_stages.ipynb #ec988c3f
+# %% ../nbs/16_stages.ipynb #8c8c325f
 def _style_all(run, pair, path):
     "Every source image in target style, as one array (n, 3, H, W) uint8 on disk; of several processes each writes its part."
     samples, team, part = run.data.source, run.team, path.with_suffix(".part")
     if run.main:
-        _empty_array(part, (len(samples), 3, *samples.size))
+        shape = len(samples), 3, *samples.size
+        require_room(path.parent, math.prod(shape), "give another folder for the stages, or smaller images")
+        np.lib.format.open_memmap(part, "w+", np.uint8, shape)
     team.wait_for_everyone()
-    whole = np.load(part, mmap_mode="r")
-    with part.open("r+b") as file:
-        for rows in np.array_split(np.arange(len(samples)), -(-len(samples) // 16))[team.process_index :: team.num_processes]:
-            styled = pair.translate(samples.batch(rows)[0].to(run.device))
-            file.seek(whole.offset + int(rows[0]) * whole[0].nbytes)
+    for rows in np.array_split(np.arange(len(samples)), -(-len(samples) // 16))[team.process_index :: team.num_processes]:
+        styled = pair.translate(samples.batch(rows)[0].to(run.device))
+        with open_at(part, int(rows[0])) as file:
             file.write((styled * 255).round().to(torch.uint8).cpu().numpy().tobytes())
     team.wait_for_everyone()
     if run.main:
         part.replace(path)
-
-
-def _empty_array(path, shape):
-    "A file for an array of bytes, if the disk has room for it."
-    needed, free = math.prod(shape), shutil.disk_usage(path.parent).free
-    if needed > free:
-        raise ValueError(f"the translated images need {needed / 1e9:.1f} GB and {path.parent} has {free / 1e9:.1f} free: "
-                         "give another folder for the stages, or smaller images")
-    np.lib.format.open_memmap(path, "w+", np.uint8, shape)
 
 
 def _is_array(path, shape) -> bool:
@@ -466,7 +446,7 @@ def _is_array(path, shape) -> bool:
     except (OSError, ValueError):
         return False
 
-# %% ../nbs/16_stages.ipynb #f6a29d64
+# %% ../nbs/16_stages.ipynb #95cc275f
 def translate(run: Run):
     "Stage: the translation pair, then every source image in target style."
     regularized, prints = run.plan.translate == "regularized", run.data.fingerprints
@@ -485,7 +465,7 @@ def translate(run: Run):
     run.translated = np.load(styled, mmap_mode="r")
     keep_log(run, "translation", prefix)
 
-# %% ../nbs/16_stages.ipynb #3c205e62
+# %% ../nbs/16_stages.ipynb #72b27611
 def _round(run, net, r, portion, prefix):
     "One round: pseudo labels with this portion, then fine-tuning; returns what to record."
     s = run.s
@@ -504,7 +484,7 @@ def _round(run, net, r, portion, prefix):
     _train(run, f"self_training_{r}", step, step.steps, prefix)
     return {"portion": portion, "coverage": round(made.coverage, 4)}
 
-# %% ../nbs/16_stages.ipynb #a49cba19
+# %% ../nbs/16_stages.ipynb #41fb4008
 def self_train(run: Run, net: Segmenter) -> Segmenter:
     "Stage: rounds of pseudo labels and fine-tuning, on a copy of the network."
     net = deepcopy(net)     # run.aligned keeps the E that C_region and C_image know
@@ -525,7 +505,7 @@ def self_train(run: Run, net: Segmenter) -> Segmenter:
     run.facts["self_training"] = state["rounds"]
     return net
 
-# %% ../nbs/16_stages.ipynb #58de8c95
+# %% ../nbs/16_stages.ipynb #5c7a3dd1
 def walk(run: Run) -> Segmenter:
     "All stages of the method's plan; returns the final E and C_seg."
     if ABLATIONS[run.plan.ablation].needs_regions:

@@ -6,7 +6,7 @@
 __all__ = ['Result', 'run_mlan', 'save_segmenter', 'load_segmenter', 'picture_rows', 'save_pictures', 'load_pictures',
            'report_runs']
 
-# %% ../nbs/17_train.ipynb #f79a5513
+# %% ../nbs/17_train.ipynb #005661bb
 import json
 import os
 import platform
@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from .consistency_map import dataset_maps
+from .datasets import write_whole
 from .evaluation import SYNTHIA_13, mean_iou, network_input, predict_labels
 from .label_spaces import SharedClasses
 from .networks import Segmenter, build_extractor
@@ -28,9 +29,9 @@ from .region_labels import region_grid
 from .report import PictureRow, method_title, write_report
 from .settings import RUNTIME_SETTINGS, Settings, make_settings
 from .stages import Run, dataset_name, fingerprints, open_datasets, open_pair, score, walk
-from .trainer import TornFile, load_whole, read_log, save_atomically, usable_device, write_whole
+from .trainer import TornFile, load_whole, read_log, save_atomically, usable_device
 
-# %% ../nbs/17_train.ipynb #87bf9b40
+# %% ../nbs/17_train.ipynb #021670bd
 @dataclass(frozen=True)
 class Result:
     "What `run_mlan` returns."
@@ -39,7 +40,7 @@ class Result:
     out: Path  # the run's folder
     record: dict  # all that is in result.json
 
-# %% ../nbs/17_train.ipynb #0012a7dc
+# %% ../nbs/17_train.ipynb #0e20a4df
 def run_mlan(source, target,  # "streets:engine", "airsim_nh", "folder:PATH", a data set, or a dict of one a split
              method: str = "mlan", profile: str = "quick", out: str | Path = "runs/mlan",
              stages: str | Path | None = None,  # folder of stage outcomes, to share between runs; by default OUT/stages
@@ -71,7 +72,7 @@ def run_mlan(source, target,  # "streets:engine", "airsim_nh", "folder:PATH", a 
     run.team.wait_for_everyone()
     return _result(record, out)
 
-# %% ../nbs/17_train.ipynb #d49780cb
+# %% ../nbs/17_train.ipynb #783c0eed
 def _finished(out, settings):
     "The record of a finished run in this folder; ValueError if the folder belongs to a run with other settings."
     if (out / "settings.json").exists():
@@ -87,7 +88,7 @@ def _finished(out, settings):
 def _result(record, out):
     return Result(record["miou"], record["per_class"], out, record)
 
-# %% ../nbs/17_train.ipynb #3b773499
+# %% ../nbs/17_train.ipynb #3e8ef82b
 def _commit():
     "The git commit of the source tree, with -dirty where files differ from it, or None outside of one."
     try:
@@ -115,7 +116,7 @@ def _environment(device) -> dict:
     return {"commit": _commit(), "versions": {n: metadata.version(n) for n in libraries},
             "python": platform.python_version(), **_hardware(device)}
 
-# %% ../nbs/17_train.ipynb #fb04e882
+# %% ../nbs/17_train.ipynb #ae6da2dd
 def _record(run: Run, net: Segmenter, seconds: float) -> dict:
     "The run as one JSON object."
     data, s = run.data, run.s
@@ -132,7 +133,7 @@ def _record(run: Run, net: Segmenter, seconds: float) -> dict:
         record["miou_13"] = mean_iou(torch.tensor(test["matrix"]), data.classes, SYNTHIA_13)
     return json.loads(json.dumps(record))
 
-# %% ../nbs/17_train.ipynb #449fd250
+# %% ../nbs/17_train.ipynb #46d384f0
 def save_segmenter(net: Segmenter, path: Path, settings: Settings, shared: SharedClasses):
     "The last weights and all that `load_segmenter` needs to use them."
     about = {"classes": list(shared.classes), "members": [list(m) for m in shared.members],
@@ -159,7 +160,7 @@ def load_segmenter(path: str | Path,  # a run's checkpoint.pt
         raise ValueError(f"{path} is not a checkpoint of this package ({kind}); give a run's checkpoint.pt") from None
     return net.eval(), about
 
-# %% ../nbs/17_train.ipynb #ce0bf865
+# %% ../nbs/17_train.ipynb #69c24ecb
 @torch.no_grad()
 def picture_rows(run: Run, net: Segmenter, n: int = 4) -> list:  # of PictureRow
     "Test images with truth, prediction and consistency maps."
@@ -175,7 +176,7 @@ def picture_rows(run: Run, net: Segmenter, n: int = 4) -> list:  # of PictureRow
         rows.append(PictureRow(Path(dataset.name(i)).stem, image, truth, {run.s.method: found}, maps))
     return rows
 
-# %% ../nbs/17_train.ipynb #d689416c
+# %% ../nbs/17_train.ipynb #0edd147f
 def save_pictures(path: Path, rows: list):
     "Images, truths, predictions and maps as one .npz file."
     arrays = {}
@@ -199,7 +200,7 @@ def load_pictures(path: Path) -> list:  # of PictureRow
     return [PictureRow(str(arrays[f"{i}/name"]), arrays[f"{i}/image"], arrays.get(f"{i}/truth"),
                        part(i, "prediction"), part(i, "map")) for i in range(n)]
 
-# %% ../nbs/17_train.ipynb #2ab7cd93
+# %% ../nbs/17_train.ipynb #47f29d24
 def _one_axis(rows):
     "Log rows of all stages on one axis of steps."
     found, offset, last = [], 0, None
@@ -222,7 +223,7 @@ def _notes(records):
         notes.append(f"{method_title(r['method'])}: seed {r['seed']}, {r['seconds']:.0f} s{'; ' + made if made else ''}")
     return notes
 
-# %% ../nbs/17_train.ipynb #46e64732
+# %% ../nbs/17_train.ipynb #5d219f2f
 def report_runs(folders: list,  # of runs on one source and target, in the order of the table
                 path: str | Path,  # the report to write
                 records: list | None = None,  # their records, if not yet in their folders
@@ -250,7 +251,7 @@ def report_runs(folders: list,  # of runs on one source and target, in the order
     colors = np.array(first["colors"], np.uint8)
     return write_report(path, title, settings, scores, curves, rows, _notes(records), first["classes"], colors)
 
-# %% ../nbs/17_train.ipynb #a78c351e
+# %% ../nbs/17_train.ipynb #b79437d3
 def _write(run: Run, net: Segmenter, record: dict, out: Path):
     "Everything that a run's folder holds; result.json last, because it says that the run is done."
     (out / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in run.logs))

@@ -13,7 +13,8 @@ from PIL import Image
 
 from mlan.command_line import main
 from mlan.label_spaces import DataError
-from mlan.stages import PairData, Run, open_pair, walk, weights_digest
+from mlan.networks import weights_digest
+from mlan.stages import PairData, Run, open_pair, walk
 from mlan.train import load_pictures, load_segmenter, report_runs, run_mlan
 from mlan.settings import PLANS, make_settings
 from mlan.trainer import TrainingError, _keep, _restored, is_whole
@@ -179,7 +180,7 @@ def test_weights_are_known_by_their_content(tmp_path):
         (tmp_path / name).write_bytes(content)
     a, b, c = (weights_digest(str(tmp_path / f"{k}.pth")) for k in "abc")
     assert a == b != c and weights_digest(f"caffe:{tmp_path / 'a.pth'}") != a and weights_digest("imagenet") == "imagenet"
-    with pytest.raises(FileNotFoundError, match="give 'none', 'imagenet' or an existing file"):
+    with pytest.raises(FileNotFoundError, match="give 'none', 'imagenet', an existing file, or STYLE:FILE with a style of"):
         weights_digest(str(tmp_path / "d.pth"))
 
 
