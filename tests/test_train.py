@@ -14,7 +14,8 @@ from PIL import Image
 from mlan.command_line import main
 from mlan.label_spaces import DataError
 from mlan.networks import weights_digest
-from mlan.stages import PairData, Run, open_pair, walk
+from mlan.pairs import PairData, open_pair
+from mlan.stages import Run, walk
 from mlan.train import load_pictures, load_segmenter, report_runs, run_mlan
 from mlan.settings import PLANS, make_settings
 from mlan.trainer import TrainingError, _keep, _restored, is_whole

@@ -1,4 +1,4 @@
-"""Draws the method on one page: pipeline.svg, and pipeline_00.svg to pipeline_19.svg with one notebook's blocks lit.
+"""Draws the method on one page: pipeline.svg, and pipeline_00.svg to pipeline_25.svg with one notebook's blocks lit.
 
 Run it in any folder: the pictures are written beside this file, and they are the same every time.
 `python draw_pipeline.py FOLDER` writes PNGs there as well, to look at. Coordinates are pixels, y grows downwards.
@@ -153,8 +153,9 @@ def consistency_maps() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def draw_frames(ax: Axes, lit: int | None) -> None:
     "The command line around run_mlan, run_mlan around the trainer, and the trainer around the method."
     for numbers, inset, y, fills, (title, gap, text) in (
-            ((19,), 4, -24, ("#e6ebf0", "#dae1e9"), ("Command line", 118, "run, check, evaluate, predict, demo")),
-            ((16, 17, 18), 9, 6, ("#eff2f6", "#e3e8ee"), ("run_mlan", 88, "stages, done once each")),
+            ((20, 21, 22, 23, 24, 25), 4, -24, ("#e6ebf0", "#dae1e9"),
+             ("Experiments and command line", 252, "run, compare, look inside; the paper's tables beside ours")),
+            ((16, 17, 18, 19), 9, 6, ("#eff2f6", "#e3e8ee"), ("run_mlan", 88, "stages, done once each")),
             ((14, 15), 14, 36, ("#ffffff", "#eef1f5"), ("Trainer", 66, "settings, schedules, checkpoints"))):
         w, h, on, depth = WIDTH - 2 * inset, HEIGHT - y - inset, lit in numbers, 0.4 - 0.02 * numbers[0]
         rounded(ax, (inset, y, w, h), False, fills[0], depth, radius=9)
@@ -276,7 +277,7 @@ def shrink(path: Path) -> None:
 def main(folder: str | None = None) -> None:
     here = Path(__file__).resolve().parent
     with matplotlib.rc_context(SETTINGS):
-        for lit in (None, *range(20)):
+        for lit in (None, *range(26)):
             name = "pipeline" if lit is None else f"pipeline_{lit:02d}"
             figure = draw(lit)
             figure.savefig(here / f"{name}.svg", facecolor="white", metadata={"Date": None, "Creator": None})
