@@ -6,7 +6,7 @@
 __all__ = ['MAP_WEIGHTS', 'ABLATIONS', 'resize_map', 'region_consistency_map', 'image_consistency_map', 'map_weight',
            'regularized_entropy', 'regularized_image', 'Ablation', 'AlignmentSettings', 'Flow', 'CoRegularizedAL']
 
-# %% ../nbs/08_co_regularized_al.ipynb #a8c7a9eb
+# %% ../nbs/08_co_regularized_al.ipynb #7f5e1117
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,7 @@ from .image_al import domain_loss, image_alignment_map
 from .networks import DomainClassifier, RegionClassifier, frozen, over_processes, resize
 from .region_al import entropy_loss, region_entropy_map, region_logits, region_loss
 
-# %% ../nbs/08_co_regularized_al.ipynb #0283c767
+# %% ../nbs/08_co_regularized_al.ipynb #c30ce3a6
 def resize_map(maps: Tensor,  # (B, u, v)
                grid: tuple,  # (I, J)
                ) -> Tensor:  # (B, I, J)
@@ -35,7 +35,7 @@ def image_consistency_map(target_logits: Tensor,  # (B, 1, U, V) from C_image
     "M_image (ILCM) of Eq. 7: 1 - log C(E(x_t))."
     return 1 + image_alignment_map(target_logits).detach()
 
-# %% ../nbs/08_co_regularized_al.ipynb #30fb70f1
+# %% ../nbs/08_co_regularized_al.ipynb #6e6e14e6
 MAP_WEIGHTS = ("raw", "normalised", "shuffled")
 
 
@@ -53,7 +53,7 @@ def map_weight(maps: Tensor,  # (B, I, J), detached
     order = torch.rand(maps.flatten(1).shape, device=maps.device).argsort(1)
     return maps.flatten(1).gather(1, order).view_as(maps)
 
-# %% ../nbs/08_co_regularized_al.ipynb #93d0f8f9
+# %% ../nbs/08_co_regularized_al.ipynb #59086074
 def regularized_entropy(maps: list,  # per level (B, I, J), from `region_entropy_map`
                         image_map: Tensor | None,  # M_image (B, 3, 3), or None for Eq. 4
                         variant: str = "raw") -> Tensor:  # scalar
@@ -71,7 +71,7 @@ def regularized_image(alignment: Tensor,  # -log C(E(x_t)) (B, 3, 3), from `imag
         return alignment.mean()
     return (resize_map(alignment, region_map.shape[-2:]) * map_weight(region_map, variant)).mean()
 
-# %% ../nbs/08_co_regularized_al.ipynb #9c238e9a
+# %% ../nbs/08_co_regularized_al.ipynb #1aa8ad23
 @dataclass(frozen=True)
 class Ablation:
     "A row of Table 1: which terms of Eq. 10 reach E."
@@ -100,9 +100,11 @@ ABLATIONS = {
     "il_al": Ablation(image="plain"),
     "regularized_il_al": Ablation(image="regularized"),
     "cr_al": Ablation(region=True, entropy="regularized", image="regularized"),
+    "il_al_and_rll": Ablation(region=True, image="plain"),  # controls, not in Table 1
+    "rl_al_and_il_al": Ablation(region=True, entropy="plain", image="plain"),
 }
 
-# %% ../nbs/08_co_regularized_al.ipynb #4d2d016b
+# %% ../nbs/08_co_regularized_al.ipynb #30e7d6f2
 @dataclass(frozen=True)
 class AlignmentSettings:
     "Weights and readings of Eq. 10."
@@ -122,7 +124,7 @@ class Flow:
     grids: list  # per level (I, J), finest first
     regions: list | None = None  # source only: per level int64 (B, I, J), 255 = none
 
-# %% ../nbs/08_co_regularized_al.ipynb #37b935b4
+# %% ../nbs/08_co_regularized_al.ipynb #0c6e277c
 class _Classifiers(nn.Module):
     def __init__(self, ablation: Ablation,
                  channels: int,  # of E's features
@@ -152,7 +154,7 @@ class _Classifiers(nn.Module):
         region = region_consistency_map([region_entropy_map(level, lambda_r) for level in logits])
         return region, image_consistency_map(self.domain_classifier(target.features))
 
-# %% ../nbs/08_co_regularized_al.ipynb #f6c00a81
+# %% ../nbs/08_co_regularized_al.ipynb #cf1eaf79
 def _region_side(al, target, lambda_r):
     "Entropy maps a level (with gradient, reversed, where L_ent is played) and M_region; None where not needed."
     a = al.ablation
@@ -174,7 +176,7 @@ def _image_side(al, target):
         logits = al.domain_classifier(target.features).float()
         return image_alignment_map(logits), image_consistency_map(logits)
 
-# %% ../nbs/08_co_regularized_al.ipynb #34d93982
+# %% ../nbs/08_co_regularized_al.ipynb #18752813
 class CoRegularizedAL(_Classifiers):
     "C_region (three levels), C_image and the terms that they add to L_seg: Eq. 3 to 10 with the switches of Table 1."
 

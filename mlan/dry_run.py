@@ -6,7 +6,7 @@
 __all__ = ['LiveMemory', 'StepCost', 'step_cost', 'segmentation_step', 'translation_step', 'arithmetic_rate', 'StageEstimate',
            'estimate', 'DryRun', 'dry_run']
 
-# %% ../nbs/19_dry_run.ipynb #dc5b0687
+# %% ../nbs/19_dry_run.ipynb #430611b8
 import gc
 import math
 import textwrap
@@ -33,7 +33,7 @@ from .stages import alignment_settings
 from .trainer import SegmentationStep, TranslationStep, usable_device
 from .translation import TranslationPair, TranslationSettings
 
-# %% ../nbs/19_dry_run.ipynb #e96fd1d8
+# %% ../nbs/19_dry_run.ipynb #3315bd41
 class LiveMemory(TorchDispatchMode):
     "Counts the bytes of tensors that are alive: `.live` now, `.peak` at most."
 
@@ -57,7 +57,7 @@ class LiveMemory(TorchDispatchMode):
     def _forget(self, size):
         self.live -= size
 
-# %% ../nbs/19_dry_run.ipynb #efece96d
+# %% ../nbs/19_dry_run.ipynb #9d987842
 @dataclass(frozen=True)
 class StepCost:
     "One training step."
@@ -83,7 +83,7 @@ def step_cost(make_step,  # function () -> step object, called among fake tensor
     forget_matrices()
     return StepCost(counter.get_total_flops(), memory.peak)
 
-# %% ../nbs/19_dry_run.ipynb #5ccfc7e6
+# %% ../nbs/19_dry_run.ipynb #291595ca
 def segmentation_step(s: Settings, ablation: str,  # a key of ABLATIONS
                       classes: int, size: tuple,  # (H, W) of the labelled images
                       device="cpu") -> SegmentationStep:
@@ -104,7 +104,7 @@ def translation_step(s: Settings) -> TranslationStep:
     source, target = torch.rand(n, 3, *s.size), torch.rand(n, 3, *s.target_size)
     return TranslationStep(pair, lambda i: source, lambda i: (target, None), s)
 
-# %% ../nbs/19_dry_run.ipynb #df6ef5af
+# %% ../nbs/19_dry_run.ipynb #6cd23344
 def arithmetic_rate(s: Settings, device: torch.device, most: float = 3e11, repeats: int = 3) -> float:
     "FLOP a second that the device reaches on a source-only step of at most so many FLOP."
     for shrink in (1, 2, 4, 8):
@@ -120,7 +120,7 @@ def arithmetic_rate(s: Settings, device: torch.device, most: float = 3e11, repea
         times.append(time.perf_counter() - began)
     return cost.flops / min(times[1:])
 
-# %% ../nbs/19_dry_run.ipynb #fed58019
+# %% ../nbs/19_dry_run.ipynb #30d72d4b
 @dataclass(frozen=True)
 class StageEstimate:
     "A stage of a run."
@@ -133,7 +133,7 @@ class StageEstimate:
 def _training(stage, steps, cost, rate, besides=0.0):  # besides: seconds for what is not a step
     return StageEstimate(stage, f"{steps} steps", steps * cost.flops / rate + besides, cost.gib)
 
-# %% ../nbs/19_dry_run.ipynb #54a29073
+# %% ../nbs/19_dry_run.ipynb #47173762
 def estimate(s: Settings, images: dict,  # {"source", "target", "val", "test": how many}
              classes: int, rate: float,  # FLOP a second
              map_seconds: float = 0.0,  # of region labels for one map
@@ -149,20 +149,23 @@ def estimate(s: Settings, images: dict,  # {"source", "target", "val", "test": h
     if s.warmup_steps:
         stages.append(_training("warm_up", s.warmup_steps, plain, rate))
     aligned = plain if plan.ablation == "source_only" else step_cost(lambda: segmentation_step(s, plan.ablation, classes, s.size))
-    if plan.translate != "plain":
+    if not plan.translate or plan.needs_maps:
         stages.append(_training("align", s.steps, aligned, rate))
-    if plan.needs_maps:
-        stages.append(StageEstimate("maps", f"{images['target']} images", images["target"] * forward))
+    if plan.needs_maps or plan.control == "adabn":
+        stages.append(StageEstimate("maps" if plan.needs_maps else "adabn", f"{images['target']} images", images["target"] * forward))
     if plan.translate:
-        stages.append(_training("translation", s.translation_steps, step_cost(lambda: translation_step(s)), rate))
+        steps = 0 if plan.translate == "fourier" else s.translation_steps
+        stages.append(_training("translation", steps, step_cost(lambda: translation_step(s)), rate))
         stages.append(_training("align_translated", s.steps, aligned, rate))
     if plan.self_train:
         labelling = 2 * len(s.portions) * images["target"] * forward
         stages.append(_training("self_training", s.self_training_steps, tuning, rate, labelling))
+    if plan.control == "continued":
+        stages.append(_training("continued", s.self_training_steps, aligned, rate))
     scored = images["val"] + images["test"]
     return [*stages, StageEstimate("scoring", f"{scored} images", scored * forward)]
 
-# %% ../nbs/19_dry_run.ipynb #8930a8d1
+# %% ../nbs/19_dry_run.ipynb #ccc8b6d0
 @dataclass(frozen=True)
 class DryRun:
     "What a run would be."
@@ -189,7 +192,7 @@ def _duration(seconds):
     units = {"d": 86400, "h": 3600, "min": 60, "s": 1}
     return next(f"{seconds / unit:.1f} {name}" for name, unit in units.items() if seconds >= unit or unit == 1)
 
-# %% ../nbs/19_dry_run.ipynb #1a74c1da
+# %% ../nbs/19_dry_run.ipynb #9021b869
 def dry_run(source, target, method: str = "mlan", profile: str = "quick",
             files: int = 200,  # so many files of a split are read; all are listed
             **overrides,  # any field of Settings
@@ -210,7 +213,7 @@ def dry_run(source, target, method: str = "mlan", profile: str = "quick",
     stages = estimate(s, images, len(shared.classes), arithmetic_rate(s, device), labelling)
     return DryRun(s, data, shared.classes, stages, _notes(s, data, stages, images, decode))
 
-# %% ../nbs/19_dry_run.ipynb #45413738
+# %% ../nbs/19_dry_run.ipynb #dd420f46
 def _seconds(do) -> float:
     began = time.perf_counter()
     do()

@@ -6,7 +6,7 @@
 __all__ = ['colorize', 'method_title', 'best_methods', 'comparison_table', 'PictureRow', 'changes', 'picture_figure',
            'curve_figure', 'headline', 'Report', 'report_html', 'write_report']
 
-# %% ../nbs/13_report.ipynb #c40b947b
+# %% ../nbs/13_report.ipynb #38d01d91
 import base64
 import html
 import io
@@ -25,7 +25,7 @@ from torch import Tensor
 from .evaluation import Scores, percent, score_row
 from .streets import IGNORE
 
-# %% ../nbs/13_report.ipynb #b25b76a9
+# %% ../nbs/13_report.ipynb #57809193
 def colorize(
     labels: np.ndarray | Tensor, # (H, W) class ids 0..K-1, 255 = ignored
     colors: np.ndarray, # (K, 3) uint8
@@ -35,12 +35,11 @@ def colorize(
     table[:len(colors)] = colors
     return table[np.asarray(labels)]
 
-# %% ../nbs/13_report.ipynb #5a6d9570
+# %% ../nbs/13_report.ipynb #8e3dec63
 def method_title(name: str) -> str: # "cr_al+rst" -> "CR-AL+RST"; other names only lose their underscores
     "A method's name as the paper writes it."
-    if re.fullmatch(r"(regularized_)?(rll|rl_al|il_al|cr_al|mlan)(\+\w+)?", name):
-        return name.upper().replace("_", "-").replace("REGULARIZED-", "regularized ")
-    return name.replace("_", " ")
+    printed = re.sub(r"(?<![a-z])(rll|rl_al|il_al|cr_al|mlan|fda|it|rit|st|rst)(?![a-z])", lambda m: m[0].upper().replace("_", "-"), name)
+    return printed.replace("_", " ").replace("adabn", "AdaBN")
 
 def _is(name: str, kind: str) -> bool: return re.sub(r"[\s-]", "_", name.lower()) == kind
 
@@ -60,7 +59,7 @@ def _heads(classes: Sequence[str], width: int = 8) -> list[str]:
     heads = [h if len(h) <= width else h[:width - 1] + "." for h in heads]
     return [h if heads.count(h) == 1 else f"{h[:width - 3]}.{i}" for i, h in enumerate(heads)]
 
-# %% ../nbs/13_report.ipynb #985409de
+# %% ../nbs/13_report.ipynb #07885b35
 def comparison_table(
     results: dict[str, Scores | dict], # {method: scores, or their record with "miou" and "per_class"}
     per_block: int = 10, # classes beside each other
@@ -81,7 +80,7 @@ def comparison_table(
         blocks.append("\n".join(map(str.rstrip, lines)))
     return "\n\n".join(blocks)
 
-# %% ../nbs/13_report.ipynb #29776613
+# %% ../nbs/13_report.ipynb #990d8ca4
 @dataclass(frozen=True)
 class PictureRow:
     "One target image, and what is shown beside it."
@@ -105,7 +104,7 @@ def changes(
     picture[truth == IGNORE] = 0
     return picture
 
-# %% ../nbs/13_report.ipynb #1b83faa2
+# %% ../nbs/13_report.ipynb #61e94bcd
 def _tiles(row: PictureRow, colors: np.ndarray) -> list[tuple[str, np.ndarray]]:
     "A row's pictures (H, W, 3) and maps (I, J) with their titles, in order."
     predictions = {method_title(m): np.asarray(p) for m, p in row.predictions.items()}
@@ -119,7 +118,7 @@ def _tiles(row: PictureRow, colors: np.ndarray) -> list[tuple[str, np.ndarray]]:
         tiles.append(("blue: mended, red: broken", changes(np.asarray(row.truth), before, after)))
     return tiles
 
-# %% ../nbs/13_report.ipynb #3194768f
+# %% ../nbs/13_report.ipynb #beb4deb4
 def picture_figure(
     row: PictureRow,
     colors: np.ndarray, # (K, 3) uint8
@@ -142,7 +141,7 @@ def picture_figure(
             bar.outline.set_visible(False)
     return fig
 
-# %% ../nbs/13_report.ipynb #f8163252
+# %% ../nbs/13_report.ipynb #7e1de30c
 _INK = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 
 def _draw_term(ax, term: str, curves: dict[str, list[dict]]):
@@ -161,7 +160,7 @@ def _draw_term(ax, term: str, curves: dict[str, list[dict]]):
     ax.grid(alpha=.25)
     ax.spines[["top", "right"]].set_visible(False)
 
-# %% ../nbs/13_report.ipynb #fbdeba15
+# %% ../nbs/13_report.ipynb #b60f93d1
 def curve_figure(
     curves: dict[str, list[dict]], # {method: log records with "step" and "loss...", "miou...", "health..."}
 ) -> Figure | None: # None where nothing was logged
@@ -179,7 +178,7 @@ def curve_figure(
     fig.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=max(1, len(lines)), frameon=False)
     return fig
 
-# %% ../nbs/13_report.ipynb #d07a40a0
+# %% ../nbs/13_report.ipynb #9ed12004
 def headline(
     rows: dict[str, dict], # {method: {"mIoU": percent or None, class: ...}}, in the table's order
 ) -> str: # one sentence
@@ -199,7 +198,7 @@ def headline(
     higher = (f"; {method_title(m)} is higher ({miou[m]:.1f})" for m in others if miou[m] > miou[last])
     return f"{text}{''.join(higher)}."
 
-# %% ../nbs/13_report.ipynb #75d30986
+# %% ../nbs/13_report.ipynb #31f807e6
 @dataclass(frozen=True)
 class Report:
     "All that a report shows; it shows itself in a notebook, and `write_report` puts it in a file."
@@ -231,7 +230,7 @@ def _draw(report: Report) -> dict[str, tuple[str, bytes]]: # {file stem: (head, 
     for stem, (_, figure) in figures.items(): figure.savefig(files[stem][1], format="png")
     return {stem: (head, file.getvalue()) for stem, (head, file) in files.items()}
 
-# %% ../nbs/13_report.ipynb #eef71390
+# %% ../nbs/13_report.ipynb #cd805924
 def _score_table(rows: dict[str, dict], swatch: dict[str, str]) -> str:
     "A line for each class, a column for each method: the best bold, the difference to source only beside it."
     base = next((m for m in rows if _is(m, "source_only")), None)
@@ -259,7 +258,7 @@ def _versions() -> dict[str, str]:
     names = ("mlan", "torch", "torchvision", "numpy", "scikit-learn")
     return {"python": platform.python_version(), **{n: found[n] for n in names if n in found}}
 
-# %% ../nbs/13_report.ipynb #4b8d6abf
+# %% ../nbs/13_report.ipynb #ac468c75
 _STYLE = """
 .mlan{font:15px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,Helvetica,Arial,sans-serif;color:#1d2430;background:#fff;
  max-width:1060px;margin:0 auto;padding:28px 24px 40px;box-sizing:border-box;print-color-adjust:exact}
@@ -286,7 +285,7 @@ article.mlan td{min-width:104px;padding:4px 14px;text-align:left!important;white
 @media print{.mlan{padding:0;max-width:none;font-size:12px}}
 """
 
-# %% ../nbs/13_report.ipynb #d0d65bf3
+# %% ../nbs/13_report.ipynb #93adfc8d
 def report_html(
     report: Report,
     drawn: dict | None = None, # its pictures, where they are drawn already
@@ -311,7 +310,7 @@ def report_html(
     parts.append("<h2>Versions</h2>" + _pairs(_versions()))
     return f"<style>{_STYLE}</style><article class=mlan>{''.join(parts)}</article>"
 
-# %% ../nbs/13_report.ipynb #5dfb3ee2
+# %% ../nbs/13_report.ipynb #3b90b72d
 def write_report(
     path: str | Path, # the file to write, e.g. runs/demo/report.html
     *fields, # those of `Report` in its order: title, settings, scores, curves, pictures, notes, classes, colors

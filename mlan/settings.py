@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PLANS', 'RUNTIME_SETTINGS', 'QUICK', 'PROFILES', 'PAPER_SYNTHIA', 'CHOICES', 'Plan', 'Settings', 'make_settings']
 
-# %% ../nbs/14_settings.ipynb #1930095a
+# %% ../nbs/14_settings.ipynb #6d2c996e
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 
@@ -13,13 +13,14 @@ from .co_regularized_al import ABLATIONS, MAP_WEIGHTS
 from .networks import BACKBONES
 from .region_labels import DESCRIPTORS
 
-# %% ../nbs/14_settings.ipynb #ec3910cd
+# %% ../nbs/14_settings.ipynb #971f0d0c
 @dataclass(frozen=True)
 class Plan:
     "The stages of a method."
     ablation: str  # a key of ABLATIONS
-    translate: str = ""  # "", "plain" (IT) or "regularized" (RIT)
+    translate: str = ""  # "", "plain" (IT), "regularized" (RIT) or "fourier" (FDA)
     self_train: str = ""  # "", "plain" (ST) or "regularized" (RST)
+    control: str = ""  # at the end: "", "adabn" or "continued" (as many steps more as self-training takes)
 
     @property
     def needs_maps(self) -> bool:
@@ -33,9 +34,13 @@ PLANS = {name: Plan(name) for name in ABLATIONS} | {
     "cr_al+rst": Plan("cr_al", self_train="regularized"),
     "mlan": Plan("cr_al", "regularized", "regularized"),
     "oracle": Plan("source_only"),
+    "adabn": Plan("source_only", control="adabn"),  # references and controls
+    "fda": Plan("source_only", translate="fourier"),
+    "cr_al+fda": Plan("cr_al", translate="fourier"),
+    "cr_al+continued": Plan("cr_al", control="continued"),
 }
 
-# %% ../nbs/14_settings.ipynb #2ab2fa83
+# %% ../nbs/14_settings.ipynb #3f87ed5b
 @dataclass(frozen=True)
 class _DataSettings:
     source: str = ""  # "streets:engine", "airsim_nh", "folder:PATH", ...
@@ -51,7 +56,7 @@ class _DataSettings:
     n_val: int = 0  # images of the target's val split, on which weights of the losses are chosen
     n_test: int = 0  # images of the target's test split, the one reported
 
-# %% ../nbs/14_settings.ipynb #67ffe29b
+# %% ../nbs/14_settings.ipynb #c13ef227
 @dataclass(frozen=True)
 class _ModelSettings(_DataSettings):
     patches: tuple = (32, 64, 128)  # region sizes in training pixels (R1)
@@ -64,7 +69,7 @@ class _ModelSettings(_DataSettings):
     critic_width: int = 64  # C_image's first channels (Section 4.2)
     pooling: str = "resize"  # R7
 
-# %% ../nbs/14_settings.ipynb #bdad8c4d
+# %% ../nbs/14_settings.ipynb #00358feb
 @dataclass(frozen=True)
 class _TrainingSettings(_ModelSettings):
     warmup_steps: int = 0  # source-only steps before adaptation; 0 with ImageNet weights, as in the paper
@@ -87,7 +92,7 @@ class _TrainingSettings(_ModelSettings):
     map_weights: str = "raw"  # R9
     reading: str = "entropy"  # R4
 
-# %% ../nbs/14_settings.ipynb #59cdffc9
+# %% ../nbs/14_settings.ipynb #55abbb72
 @dataclass(frozen=True)
 class Settings(_TrainingSettings):
     "All that determines a run's result, flat. Lengths in steps, sizes (height, width) in pixels."
@@ -96,6 +101,7 @@ class Settings(_TrainingSettings):
     translation_batch: int = 1
     translation_width: int = 32
     translated_share: float = 0.5  # of the source images that training takes in target style
+    fourier_beta: float = 0.01  # FDA: frequencies up to this share of the shorter side are swapped
     portions: tuple = (0.2, 0.25, 0.3)  # CBST's portion, one self-training round each
     self_training_steps: int = 20_000  # in all rounds together
     self_training_lr: float = 5e-5
@@ -111,7 +117,7 @@ class Settings(_TrainingSettings):
 
 RUNTIME_SETTINGS = ("device", "workers", "checkpointing", "compile", "log_every", "checkpoint_every")
 
-# %% ../nbs/14_settings.ipynb #becaca87
+# %% ../nbs/14_settings.ipynb #e33c86cc
 QUICK = dict(size=(64, 128), target_size=(64, 128), patches=(8, 16, 32), min_samples=4, backbone="small", weights="none",
              warmup_steps=900, warmup_lr=0.002, steps=500, schedule_steps=500, batch_size=6, optimiser="adamw", lr=0.001, head_lr=1.0,
              clip_norm=10.0, critic_lr=2e-3, critic_width=16, ramp_steps=100, map_weights="normalised",
@@ -121,12 +127,12 @@ QUICK = dict(size=(64, 128), target_size=(64, 128), patches=(8, 16, 32), min_sam
 PROFILES = {"quick": QUICK, "paper": {"workers": 4}}
 PAPER_SYNTHIA = {"size": (760, 1280)}  # its frames' own size, as in [26, 30]
 
-# %% ../nbs/14_settings.ipynb #8cea539a
+# %% ../nbs/14_settings.ipynb #ab13a010
 CHOICES = {"method": tuple(PLANS), "profile": tuple(PROFILES), "backbone": BACKBONES, "descriptor": DESCRIPTORS,
            "map_weights": MAP_WEIGHTS, "optimiser": ("sgd", "adamw"), "reading": ("entropy", "literal"),
            "pooling": ("resize", "adaptive"), "precision": ("fp32", "bf16")}
 
-# %% ../nbs/14_settings.ipynb #f9f80281
+# %% ../nbs/14_settings.ipynb #e91693a1
 _COUNTS = ("steps", "schedule_steps", "batch_size", "translation_steps", "translation_batch", "self_training_steps",
            "log_every", "checkpoint_every", "min_samples", "region_sample", "critic_width", "translation_width")
 _NOT_NEGATIVE = ("seed", "data_seed", "warmup_steps", "ramp_steps", "clip_norm", "val_every", "n_source", "n_target", "n_val",
@@ -141,9 +147,10 @@ _RANGES = {
     "portions": (lambda v: v and all(0 < p <= 1 for p in v), "one or more numbers above 0, at most 1"),
     "n_relations": (lambda v: 2 <= v <= 255, "a number from 2 to 255 (255 itself means none)"),
     "translated_share": (lambda v: 0 <= v <= 1, "a number from 0 to 1"),
+    "fourier_beta": (lambda v: 0 <= v <= 0.5, "a number from 0 (mean colour only) to 0.5 (every frequency)"),
 }
 
-# %% ../nbs/14_settings.ipynb #69a1117e
+# %% ../nbs/14_settings.ipynb #4c71e032
 def _one_of(name, value):
     if value not in CHOICES[name]:
         raise ValueError(f"unknown {name} {value!r}; choose one of {', '.join(CHOICES[name])}")
@@ -163,7 +170,7 @@ def _typed(name, default, value):
     except (TypeError, ValueError, KeyError):
         raise ValueError(f"setting {name} must be like {default!r} ({kind.__name__}), not {value!r}") from None
 
-# %% ../nbs/14_settings.ipynb #e7b322d1
+# %% ../nbs/14_settings.ipynb #055fd3f3
 def make_settings(source: str, target: str, method: str = "mlan", profile: str = "quick",
                   **overrides,  # any field of Settings
                   ) -> Settings:

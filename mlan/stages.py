@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['Run', 'stage_outcome', 'keep_log', 'Share', 'source_batch', 'target_batch', 'in_order', 'score', 'label_regions',
            'new_segmenter', 'warm_up', 'alignment_settings', 'new_alignment', 'align', 'make_maps', 'translate',
-           'self_train', 'walk']
+           'self_train', 'adapt_norms', 'carry_on', 'walk']
 
-# %% ../nbs/17_stages.ipynb #a8283e1c
+# %% ../nbs/17_stages.ipynb #68b723a9
 import math
 import shutil
 import sys
@@ -27,6 +27,7 @@ from .co_regularized_al import ABLATIONS, AlignmentSettings, CoRegularizedAL
 from .consistency_map import ConsistencyMaps, dataset_maps, normalise_maps
 from .datasets import write_whole
 from .evaluation import Scores, evaluate
+from .image_al import re_estimate_norms
 from .networks import Segmenter, build_extractor, weights_digest
 from .pairs import PairData, agreed, digest
 from .region_labels import RegionLabeller, RegionSettings, fit_vocabularies, label_dataset, load_regions, region_grid, save_regions
@@ -35,9 +36,9 @@ from .self_training import label_target
 from .settings import PLANS, Settings
 from .trainer import (SegmentationStep, TranslationStep, drop_checkpoints, is_whole, load_whole, processes, read_log,
                           save_atomically, train_loop, usable_device)
-from .translation import TranslationPair, TranslationSettings
+from .translation import TranslationPair, TranslationSettings, swap_low_frequencies
 
-# %% ../nbs/17_stages.ipynb #63c47dbb
+# %% ../nbs/17_stages.ipynb #1c829884
 _OF_REGIONS = ("size", "patches", "n_relations", "descriptor", "min_samples", "region_sample")
 _OF_WARM_UP = ("seed", "backbone", "warmup_steps", "warmup_lr", "batch_size", "optimiser", "head_lr",
                "momentum", "weight_decay", "power", "clip_norm", "precision")
@@ -45,9 +46,11 @@ _OF_ADAPTATION = ("steps", "schedule_steps", "lr", "clip_norm")
 _OF_ALIGNMENT = ("target_size", "patches", "critic_lr", "ramp_steps", *(f.name for f in fields(AlignmentSettings)))
 _OF_TRANSLATION = ("seed", "size", "target_size", "translation_steps", "translation_lr", "translation_batch",
                    "translation_width", "precision")
+_OF_FOURIER = ("seed", "size", "fourier_beta")
+_OF_CONTINUED = ("self_training_steps", "self_training_lr", "clip_norm")
 _OF_SELF_TRAINING = ("target_size", "portions", "self_training_steps", "self_training_lr", "clip_norm")
 
-# %% ../nbs/17_stages.ipynb #e6994aae
+# %% ../nbs/17_stages.ipynb #af40a651
 class Run:
     "Settings, data and device of a run, and what its stages have left so far."
 
@@ -75,7 +78,7 @@ class Run:
         if self.main:
             save_atomically(value, path)
 
-# %% ../nbs/17_stages.ipynb #618f48eb
+# %% ../nbs/17_stages.ipynb #c43c3c97
 def stage_outcome(run: Run, stage: str, path: Path, make,
          alone: bool = False,  # the main process makes it, the others wait
          ) -> Path:
@@ -107,7 +110,7 @@ def keep_log(run: Run, stage: str, prefix: Path):
     if run.main:
         drop_checkpoints(prefix)
 
-# %% ../nbs/17_stages.ipynb #a3b7ac77
+# %% ../nbs/17_stages.ipynb #ca06edb4
 @contextmanager
 def _stage_lock(path: Path, main: bool):
     "The lock on an outcome, held by the main process; parts that a killed run left are swept up."
@@ -136,7 +139,7 @@ def _set_aside_if_torn(path: Path) -> bool:  # is it whole?
         return False
     return True
 
-# %% ../nbs/17_stages.ipynb #1d4a4daa
+# %% ../nbs/17_stages.ipynb #3ff5b793
 @dataclass(frozen=True)
 class Share:
     "One process's part of a stream."
@@ -169,7 +172,7 @@ def _load(run, purpose, i) -> tuple:
 def _to_device(run, images) -> torch.Tensor:  # float in [0, 1]
     return images.to(run.device, non_blocking=True).float() / 255
 
-# %% ../nbs/17_stages.ipynb #cf01bc32
+# %% ../nbs/17_stages.ipynb #f7354f16
 def source_batch(run: Run, i: int) -> tuple:  # images (B, 3, H, W), labels (B, H, W), region labels a level
     "Source images with labels and region labels; some in target style where there are translated ones."
     index, images, labels = _load(run, "source", i)
@@ -199,7 +202,7 @@ def score(run: Run, net: Segmenter, dataset) -> Scores:
     part = evaluate(net.eval(), dataset, data.lut, data.classes, run.s.target_size, device=run.device, shard=share)
     return replace(part, matrix=reduce(part.matrix.to(run.device), "sum").cpu())
 
-# %% ../nbs/17_stages.ipynb #f5298908
+# %% ../nbs/17_stages.ipynb #fbc134d4
 def label_regions(run: Run):
     "Stage: the vocabulary of context-relations and the source's region labels."
     s, source = run.s, run.data.source
@@ -218,7 +221,7 @@ def label_regions(run: Run):
     run.regions = [torch.from_numpy(level).long() for level in labels]
     run.facts["relations"] = list(run.relations)
 
-# %% ../nbs/17_stages.ipynb #e6b49060
+# %% ../nbs/17_stages.ipynb #c660b84e
 def new_segmenter(run: Run) -> Segmenter:
     "E and C_seg as the seed makes them."
     torch.manual_seed(run.s.seed)
@@ -251,7 +254,7 @@ def warm_up(run: Run):
     stage_outcome(run, "warm_up", prefix.with_suffix(".pt"), make)
     keep_log(run, "warm_up", prefix)
 
-# %% ../nbs/17_stages.ipynb #e7fe1260
+# %% ../nbs/17_stages.ipynb #097af0eb
 def alignment_settings(s: Settings) -> AlignmentSettings:
     "The fields that the objective knows."
     return AlignmentSettings(**{f.name: getattr(s, f.name) for f in fields(AlignmentSettings)})
@@ -262,7 +265,7 @@ def new_alignment(run: Run, channels: int, rates: tuple) -> CoRegularizedAL:
     alignment = CoRegularizedAL(ABLATIONS[run.plan.ablation], channels, run.relations, rates, alignment_settings(run.s))
     return alignment.to(run.device, memory_format=torch.channels_last)
 
-# %% ../nbs/17_stages.ipynb #d4d0c0f0
+# %% ../nbs/17_stages.ipynb #bf665ede
 def _align_file(run, stage):
     plain = run.plan.ablation == "source_only"
     names = _OF_ADAPTATION + (() if plain else _OF_ALIGNMENT)
@@ -292,7 +295,7 @@ def align(run: Run, stage: str = "align") -> tuple:  # Segmenter, CoRegularizedA
         run.aligned = net, alignment
     return net, alignment
 
-# %% ../nbs/17_stages.ipynb #0f8c2ebd
+# %% ../nbs/17_stages.ipynb #43854de4
 def make_maps(run: Run):
     "Stage: M_region, M_image and M_multi of every target image."
     path = run.file("maps", (), run.used["align"].name).with_suffix(".pt")
@@ -305,7 +308,7 @@ def make_maps(run: Run):
 
     run.maps = ConsistencyMaps(**load_whole(stage_outcome(run, "maps", path, make, alone=True)))
 
-# %% ../nbs/17_stages.ipynb #277af828
+# %% ../nbs/17_stages.ipynb #456b5423
 def _train_translation(run, prefix, maps):
     "A trained pair; maps = M_multi with mean 1, or None for plain translation."
     s = run.s
@@ -322,8 +325,8 @@ def _train_translation(run, prefix, maps):
     _train(run, "translation", TranslationStep(pair, source, target, s), s.translation_steps, prefix)
     return pair
 
-# %% ../nbs/17_stages.ipynb #57bc2c6a
-def _style_all(run, pair, path):
+# %% ../nbs/17_stages.ipynb #52fd59ae
+def _style_all(run, style, path):  # style(rows, images) -> images
     "Every source image in target style, as one array (n, 3, H, W) uint8 on disk; of several processes each writes its part."
     samples, team, part = run.data.source, run.team, path.with_suffix(".part")
     if run.main:
@@ -332,7 +335,7 @@ def _style_all(run, pair, path):
         np.lib.format.open_memmap(part, "w+", np.uint8, shape)
     team.wait_for_everyone()
     for rows in np.array_split(np.arange(len(samples)), -(-len(samples) // 16))[team.process_index :: team.num_processes]:
-        styled = pair.translate(samples.batch(rows)[0].to(run.device))
+        styled = style(rows, samples.batch(rows)[0].to(run.device))
         with open_at(part, int(rows[0])) as file:
             file.write((styled * 255).round().to(torch.uint8).cpu().numpy().tobytes())
     team.wait_for_everyone()
@@ -347,18 +350,30 @@ def _is_array(path, shape) -> bool:
     except (OSError, ValueError):
         return False
 
-# %% ../nbs/17_stages.ipynb #011f7e68
+# %% ../nbs/17_stages.ipynb #5c103f17
+def _fourier_style(run):
+    "FDA: each source image takes the low frequencies of a target image drawn for it."
+    drawn = np.random.default_rng(run.s.seed).integers(len(run.data.target), size=len(run.data.source))
+
+    def style(rows, images):
+        return swap_low_frequencies(images, run.data.target.batch(drawn[rows])[0].to(run.device), run.s.fourier_beta)
+
+    return style
+
+
 def translate(run: Run):
-    "Stage: the translation pair, then every source image in target style."
-    regularized, prints = run.plan.translate == "regularized", run.data.fingerprints
-    uses = run.used["maps"].name if regularized else "plain"
-    prefix = run.file("translation", _OF_TRANSLATION, prints["source"], prints["target"], uses)
+    "Stage: the translation pair, or none for FDA, then every source image in target style."
+    kind, prints = run.plan.translate, run.data.fingerprints
+    uses = run.used["maps"].name if kind == "regularized" else kind
+    names = _OF_FOURIER if kind == "fourier" else _OF_TRANSLATION
+    prefix = run.file("translation", names, prints["source"], prints["target"], uses)
     styled = prefix.with_suffix(".npy")
 
     def make():
-        pair = _train_translation(run, prefix, normalise_maps(run.maps.multi).to(run.device) if regularized else None)
-        _style_all(run, pair, styled)
-        run.save(pair.state_dict(), prefix.with_suffix(".pt"))
+        pair = None if kind == "fourier" else _train_translation(
+            run, prefix, normalise_maps(run.maps.multi).to(run.device) if kind == "regularized" else None)
+        _style_all(run, (lambda rows, images: pair.translate(images)) if pair else _fourier_style(run), styled)
+        run.save(pair.state_dict() if pair else {}, prefix.with_suffix(".pt"))
 
     if run.main and not _is_array(styled, (len(run.data.source), 3, *run.data.source.size)):
         prefix.with_suffix(".pt").unlink(missing_ok=True)
@@ -366,7 +381,7 @@ def translate(run: Run):
     run.translated = np.load(styled, mmap_mode="r")
     keep_log(run, "translation", prefix)
 
-# %% ../nbs/17_stages.ipynb #4932f307
+# %% ../nbs/17_stages.ipynb #8ea6c5f4
 def _round(run, net, r, portion, prefix):
     "One round: pseudo labels with this portion, then fine-tuning; returns what to record."
     s = run.s
@@ -385,7 +400,7 @@ def _round(run, net, r, portion, prefix):
     _train(run, f"self_training_{r}", step, step.steps, prefix)
     return {"portion": portion, "coverage": round(made.coverage, 4)}
 
-# %% ../nbs/17_stages.ipynb #44437b67
+# %% ../nbs/17_stages.ipynb #2b469c8a
 def self_train(run: Run, net: Segmenter) -> Segmenter:
     "Stage: rounds of pseudo labels and fine-tuning, on a copy of the network."
     net = deepcopy(net)     # run.aligned keeps the E that C_region and C_image know
@@ -406,17 +421,51 @@ def self_train(run: Run, net: Segmenter) -> Segmenter:
     run.facts["self_training"] = state["rounds"]
     return net
 
-# %% ../nbs/17_stages.ipynb #2c09ff5c
+# %% ../nbs/17_stages.ipynb #4d08c16a
+def adapt_norms(run: Run, net: Segmenter) -> Segmenter:
+    "Stage: AdaBN on all target images."
+    path = run.file("adabn", ("target_size",), run.used["align"].name, run.data.fingerprints["target"]).with_suffix(".pt")
+
+    def make():
+        re_estimate_norms(net, in_order(run.data.target, run.device))
+        run.save(net.state_dict(), path)
+
+    net.load_state_dict(load_whole(stage_outcome(run, "adabn", path, make, alone=True), run.device))
+    return net
+
+
+def carry_on(run: Run, net: Segmenter, alignment: CoRegularizedAL) -> Segmenter:
+    "Stage: the same objective for as many steps more as self-training takes, at its rate."
+    s, rate = run.s, run.s.self_training_lr
+    prefix = run.file("continued", _OF_CONTINUED, run.used["align"].name)
+    settings = replace(s, ramp_steps=0, critic_lr=s.critic_lr * rate / s.lr)     # C_image slows down as E does
+
+    def make():
+        step = SegmentationStep(net, lambda i: source_batch(run, s.steps + i), rate, settings, alignment,
+                                lambda i: target_batch(run, s.steps + i)[0])
+        step.steps = s.self_training_steps
+        _train(run, "continued", step, step.steps, prefix)
+        run.save(net.state_dict(), prefix.with_suffix(".pt"))
+
+    net = deepcopy(net)     # run.aligned keeps the E that C_region and C_image know
+    alignment = deepcopy(alignment)
+    net.load_state_dict(load_whole(stage_outcome(run, "continued", prefix.with_suffix(".pt"), make), run.device))
+    keep_log(run, "continued", prefix)
+    return net
+
+# %% ../nbs/17_stages.ipynb #4473aca9
 def walk(run: Run) -> Segmenter:
     "All stages of the method's plan; returns the final E and C_seg."
     if ABLATIONS[run.plan.ablation].needs_regions:
         label_regions(run)
     warm_up(run)
-    if run.plan.translate != "plain":
-        net, _ = align(run)
+    if not run.plan.translate or run.plan.needs_maps:
+        net, alignment = align(run)
     if run.plan.needs_maps:
         make_maps(run)
     if run.plan.translate:
         translate(run)
-        net, _ = align(run, "align_translated")
+        net, alignment = align(run, "align_translated")
+    if run.plan.control:
+        return adapt_norms(run, net) if run.plan.control == "adabn" else carry_on(run, net, alignment)
     return self_train(run, net) if run.plan.self_train else net

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['weighted_mean', 'adversarial_term', 'critic_term', 'Generator', 'PatchCritic', 'TranslationSettings',
-           'generator_losses', 'critic_losses', 'TranslationPair', 'edge_agreement']
+           'generator_losses', 'critic_losses', 'TranslationPair', 'edge_agreement', 'swap_low_frequencies']
 
-# %% ../nbs/10_translation.ipynb #90cff088
+# %% ../nbs/10_translation.ipynb #ae34a245
+import math
 from dataclasses import dataclass
 
 import torch
@@ -15,9 +16,9 @@ from torch import Tensor, nn
 
 from .co_regularized_al import resize_map
 from .image_al import image_alignment_map
-from .networks import frozen
+from .networks import frozen, resize
 
-# %% ../nbs/10_translation.ipynb #925a40dd
+# %% ../nbs/10_translation.ipynb #ab75c5aa
 def weighted_mean(values: Tensor,  # (B, h, w), one for each patch of the critic
                   maps: Tensor | None = None,  # M_multi (B, I, J), mean 1 over the target set; None = plain
                   ) -> Tensor:  # scalar
@@ -36,7 +37,7 @@ def adversarial_term(fake_logits: Tensor,  # (B, 1, h, w): the critic on transla
     "The generator's side of Eq. 12: -log D(G(x)), weighted."
     return weighted_mean(image_alignment_map(fake_logits), maps)
 
-# %% ../nbs/10_translation.ipynb #7dae8905
+# %% ../nbs/10_translation.ipynb #9100e506
 def critic_term(real_logits: Tensor,  # (B, 1, h, w): the critic on images of its domain
                 fake_logits: Tensor,  # (B, 1, h, w): the critic on translated images
                 maps: Tensor | None = None,  # (B, I, J): also weigh the critic's view of the translated images
@@ -44,7 +45,7 @@ def critic_term(real_logits: Tensor,  # (B, 1, h, w): the critic on images of it
     "The critic's side of Eq. 12: binary cross-entropy with D = P(real)."
     return (F.softplus(-real_logits).mean() + weighted_mean(F.softplus(fake_logits)[:, 0], maps)) / 2
 
-# %% ../nbs/10_translation.ipynb #2c822373
+# %% ../nbs/10_translation.ipynb #2dbd6da7
 class _ResidualBlock(nn.Module):
     "Two dilated convolutions with InstanceNorm, added to their input."
 
@@ -80,7 +81,7 @@ class Generator(nn.Module):
         s = self.shift(images)
         return images + s * torch.where(s > 0, 1 - images, images)
 
-# %% ../nbs/10_translation.ipynb #0d8766bc
+# %% ../nbs/10_translation.ipynb #5e8bf971
 class PatchCritic(nn.Module):
     "D of Eq. 12: a logit for each patch, large where it looks real."
 
@@ -95,7 +96,7 @@ class PatchCritic(nn.Module):
     def forward(self, images: Tensor) -> Tensor:  # (B, 3, H, W) in [0, 1] -> logits (B, 1, H // 4, W // 4)
         return self.layers(images - 0.5)
 
-# %% ../nbs/10_translation.ipynb #d91fcb72
+# %% ../nbs/10_translation.ipynb #0521bd57
 @dataclass(frozen=True)
 class TranslationSettings:
     "Sizes of the networks and weights of the terms."
@@ -107,7 +108,7 @@ class TranslationSettings:
     lambda_identity: float = 0.0  # an image that has the style already stays; two passes more than the other four
     weigh_critic: bool = False  # True: D's view of G(x_t) is weighted as well, the letter of Eq. 12
 
-# %% ../nbs/10_translation.ipynb #de7fd267
+# %% ../nbs/10_translation.ipynb #447c975c
 def generator_losses(pair: nn.Module,  # a `TranslationPair`
                      source: Tensor,  # (B, 3, H, W) in [0, 1]
                      target: Tensor,  # (B, 3, H, W) in [0, 1]
@@ -127,7 +128,7 @@ def generator_losses(pair: nn.Module,  # a `TranslationPair`
         terms["identity"] = s.lambda_identity * kept
     return terms
 
-# %% ../nbs/10_translation.ipynb #b50a2263
+# %% ../nbs/10_translation.ipynb #d9423cd2
 def critic_losses(pair: nn.Module,  # a `TranslationPair`
                   source: Tensor,  # (B, 3, H, W) in [0, 1]
                   target: Tensor,  # (B, 3, H, W) in [0, 1]
@@ -140,7 +141,7 @@ def critic_losses(pair: nn.Module,  # a `TranslationPair`
     return {"source_critic": critic_term(pair.source_critic(source), pair.source_critic(as_source), maps),
             "target_critic": critic_term(pair.target_critic(target), pair.target_critic(as_target))}
 
-# %% ../nbs/10_translation.ipynb #eb0ba16f
+# %% ../nbs/10_translation.ipynb #552a5bcb
 class TranslationPair(nn.Module):
     "G_st, G_ts and their critics D_t, D_s: cycle-consistent translation, regularized by M_multi (Eq. 12)."
     losses, critic_losses = generator_losses, critic_losses
@@ -166,7 +167,7 @@ class TranslationPair(nn.Module):
         self.train(training)
         return torch.cat(done)
 
-# %% ../nbs/10_translation.ipynb #f3d8d91e
+# %% ../nbs/10_translation.ipynb #6c45b8df
 def _edge_strength(images):
     grey = images.mean(1)
     down, right = grey[:, 1:, :-1] - grey[:, :-1, :-1], grey[:, :-1, 1:] - grey[:, :-1, :-1]
@@ -180,3 +181,15 @@ def edge_agreement(images: Tensor,  # (B, 3, H, W)
     before, after = (_edge_strength(x).flatten(1) for x in (images, translated))
     before, after = before - before.mean(1, keepdim=True), after - after.mean(1, keepdim=True)
     return F.cosine_similarity(before, after, dim=1)
+
+# %% ../nbs/10_translation.ipynb #ed21d565
+def swap_low_frequencies(source: Tensor,  # (B, 3, H, W) in [0, 1]
+                         target: Tensor,  # (B, 3, H', W'), one for each source image; resized to it
+                         beta: float = 0.01,  # frequencies up to beta x min(H, W) cycles are swapped; 0: the mean colour alone
+                         ) -> Tensor:  # (B, 3, H, W) in [0, 1]
+    "FDA: the source's phases with the target's amplitudes at low frequencies."
+    size, band = source.shape[-2:], math.floor(beta * min(source.shape[-2:]))
+    rows, columns = (torch.fft.fftfreq(n, 1 / n, device=source.device).abs() <= band for n in size)
+    own, other = torch.fft.fft2(source), torch.fft.fft2(resize(target, size))
+    amplitude = torch.where(rows[:, None] & columns, other.abs(), own.abs())
+    return torch.fft.ifft2(torch.polar(amplitude, own.angle())).real.clamp(0, 1)
