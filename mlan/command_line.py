@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['DEMO', 'command_run', 'command_check', 'command_prepare', 'command_evaluate', 'command_predict', 'demo',
-           'command_demo', 'command_report', 'main']
+           'command_demo', 'command_experiments', 'command_report', 'main']
 
-# %% ../nbs/23_command_line.ipynb #2c1c83df
+# %% ../nbs/23_command_line.ipynb #9dba0ac3
 import argparse
 import json
 import os
@@ -22,6 +22,7 @@ from tqdm import tqdm
 from .datasets import MissingSplit, PairedFolder, open_dataset
 from .dry_run import dry_run
 from .evaluation import evaluate, network_input, predict_labels
+from .experiments import PAIRS, TABLES, missing, planned, run_missing
 from .label_spaces import CITYSCAPES, label_table
 from .report import colorize, comparison_table, method_title
 from .samples import check_dataset, prepare
@@ -29,11 +30,11 @@ from .settings import CHOICES, PLANS, PROFILES, QUICK, Settings
 from .train import load_segmenter, report_runs, run_mlan
 from .trainer import TrainingError, processes
 
-# %% ../nbs/23_command_line.ipynb #a60adf35
-def _add_settings(parser):
+# %% ../nbs/23_command_line.ipynb #6da1f9bc
+def _add_settings(parser, besides=("source", "target", "method", "profile")):
     "A flag for every field of Settings that isn't an argument of its own."
     for f in fields(Settings):
-        if f.name not in ("source", "target", "method", "profile"):
+        if f.name not in besides:
             shape = {"nargs": "+"} if isinstance(f.default, tuple) else {}
             if f.name.endswith("size") and shape:
                 shape = {"nargs": 2, "metavar": ("HEIGHT", "WIDTH")}
@@ -42,9 +43,14 @@ def _add_settings(parser):
             parser.add_argument(f"--{f.name.replace('_', '-')}", dest=f.name, default=None, help=told, **shape)
 
 
+def _chosen(args) -> dict:
+    "The settings that were given as flags."
+    return {f.name: getattr(args, f.name) for f in fields(Settings) if getattr(args, f.name, None) is not None}
+
+
 def command_run(args) -> None:
     "Adapt: print the scores and where the run's folder is."
-    chosen = {f.name: getattr(args, f.name) for f in fields(Settings) if getattr(args, f.name) is not None}
+    chosen = _chosen(args)
     if args.dry_run:
         return print(dry_run(**chosen))
     result = run_mlan(**chosen, out=args.out, stages=args.stages, progress=not args.quiet)
@@ -54,7 +60,7 @@ def command_run(args) -> None:
         print(comparison_table({result.record["method"]: result.record}))
     print(f"\nreport: {result.out / 'report.html'}   weights: {result.out / 'checkpoint.pt'}")
 
-# %% ../nbs/23_command_line.ipynb #99374bad
+# %% ../nbs/23_command_line.ipynb #d84abc09
 def command_check(args) -> None:
     "Read the files of a data set; print what is there, split by split."
     for split in args.splits or ("train", "val", "test"):
@@ -74,14 +80,14 @@ def command_check(args) -> None:
         for warning in found["warnings"]:
             print(f"  note: {warning}")
 
-# %% ../nbs/23_command_line.ipynb #57c24bd5
+# %% ../nbs/23_command_line.ipynb #540b37db
 def command_prepare(args) -> None:
     "Resize a data set once, so that training need not decode it; one that was stopped goes on."
     for split in args.splits:
         ready = prepare(args.data, args.size, args.out, split, workers=os.cpu_count(), progress=not args.quiet)
         print(f"{args.data} {split}: {len(ready)} images of {args.size} in {ready.folder}; open it as prepared:{args.out}")
 
-# %% ../nbs/23_command_line.ipynb #d1f8fe2d
+# %% ../nbs/23_command_line.ipynb #dc1fa08b
 def command_evaluate(args) -> None:
     "Score a checkpoint on a labelled split."
     net, about = load_segmenter(args.checkpoint, args.device)
@@ -108,7 +114,7 @@ def command_predict(args) -> None:
     (out / "classes.json").write_text(json.dumps(dict(enumerate(about["classes"])), indent=1))
     print(f"{len(photos)} images labelled in {out}: ids/ (class numbers), colors/, classes.json")
 
-# %% ../nbs/23_command_line.ipynb #5ddc2a73
+# %% ../nbs/23_command_line.ipynb #e076d4b7
 DEMO = ("source_only", "cr_al", "mlan", "oracle")
 
 
@@ -135,12 +141,25 @@ def command_demo(args) -> None:
     print(comparison_table({m: r.record for m, r in results.items()}))
     print(f"\nCR-AL against source only: {gain:+.1f} points.   Pictures, curves, settings: {Path(args.out) / 'report.html'}")
 
-# %% ../nbs/23_command_line.ipynb #815993ec
+# %% ../nbs/23_command_line.ipynb #745eb539
+def command_experiments(args) -> None:
+    "Run the experiments of some tables that a file of records lacks."
+    given = {k: v for k, v in _chosen(args).items() if k != "profile"}
+    plan = planned(args.table, args.pair, args.profile, args.seeds, args.data_seeds, **given)
+    if args.dry_run:
+        left = missing(plan, args.records)
+        print("".join(f"{s.source} to {s.target}: {s.method}, seed {s.seed}, data seed {s.data_seed}\n" for s in left), end="")
+    else:
+        left = run_missing(plan, args.records, args.folder, args.budget, not args.quiet)
+    there = f"{len(plan) - len(left)} of {len(plan)} experiments are in {args.records}"
+    print(there + "; the same command runs the rest" * bool(left))
+
+# %% ../nbs/23_command_line.ipynb #de128bae
 def command_report(args) -> None:
     "One report on several runs of a pair."
     print(report_runs(args.runs, args.out))
 
-# %% ../nbs/23_command_line.ipynb #0ba731dd
+# %% ../nbs/23_command_line.ipynb #1c41b1c9
 def _command(commands, function, help, **flags):
     "A subcommand that calls the function; a flag with nargs and no default is an argument by position."
     sub = commands.add_parser(function.__name__.removeprefix("command_"), help=help, description=function.__doc__)
@@ -168,11 +187,20 @@ def _parser():
         sub.add_argument("data", help="NAME, NAME:PATH or streets:DOMAIN")
     command(command_evaluate, "score a checkpoint", checkpoint=needed, target=needed, split={"default": "test"}, device=device)
     command(command_predict, "label a folder of images", checkpoint=needed, images=needed, out=needed, device=device)
+    tables = command(command_experiments, "fill a file of records: the rows of the paper's tables, with controls",
+                     table={"nargs": "+", "default": ["1", "2"], "help": f"of {', '.join(TABLES)}"},
+                     pair={"nargs": "+", "default": ["streets"], "help": f"of {', '.join(PAIRS)}"},
+                     profile={"default": "quick", "choices": list(PROFILES)}, records=needed, folder={"default": "runs/experiments"},
+                     budget={"type": float, "help": "seconds; what would not end in time is not begun"})
+    for name in ("seeds", "data-seeds"):
+        tables.add_argument(f"--{name}", nargs="+", type=int, default=[0])
+    tables.add_argument("--dry-run", action="store_true", help="list what is missing; run nothing")
+    _add_settings(tables, ("source", "target", "method", "profile", "seed", "data_seed"))
     command(command_report, "one report on several runs", runs={"nargs": "+"}, out={"default": "report.html"})
     command(command_demo, "watch the method on built-in scenes", out={"default": "runs/demo"}, seed={"default": "0"})
     return parser
 
-# %% ../nbs/23_command_line.ipynb #33849121
+# %% ../nbs/23_command_line.ipynb #9f4fbbc6
 def main(argv: list | None = None) -> int:  # exit status: 0, or 2 where the input was wrong
     "The `mlan` command."
     args = _parser().parse_args(argv)
@@ -185,7 +213,7 @@ def main(argv: list | None = None) -> int:  # exit status: 0, or 2 where the inp
         print(f"mlan: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        goes_on = args.function in (command_run, command_demo)
+        goes_on = args.function in (command_run, command_demo, command_experiments)
         print(f"mlan: stopped{'; the same command goes on from the last checkpoint, if there is one' * goes_on}", file=sys.stderr)
         return 130
     return 0

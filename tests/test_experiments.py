@@ -1,0 +1,166 @@
+"The runner: stopped anywhere, started again, two at once; and the tables that it fills."
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from mlan.command_line import main
+from mlan.experiments import (
+    BENCHMARK, FACTORS, PAIRS, TABLES, Row, experiment_key, missing, planned, read_records, row_records, row_settings, run_missing, trials)
+from mlan.settings import MAP_WEIGHTS, PLANS, PROFILES, Settings
+
+TINY = dict(size=(32, 64), target_size=(32, 64), n_source=24, n_target=12, n_val=4, n_test=4, min_samples=3, warmup_steps=6, steps=6,
+            schedule_steps=6, ramp_steps=2, critic_width=4, batch_size=3, log_every=2, val_every=3, checkpoint_every=2,
+            self_training_steps=4, translation_steps=4, translation_batch=2, translation_width=4, device="cpu")
+FLAGS = [text for name, value in TINY.items()
+         for text in (f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, tuple) else [value]))]
+METHODS = ("source_only", "cr_al", "adabn", "fda")
+
+
+def plan(methods=METHODS, **changes) -> list:
+    "Some rows of the built-in pair on tiny scenes."
+    return [row_settings(Row(m), PAIRS["streets"], **{**TINY, **changes}) for m in methods]
+
+
+def scores(path: Path) -> dict:
+    "Every record's matrix, by method."
+    return {r["method"]: r["matrix"] for r in read_records(path)}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    "A folder in which all rows were run in one go."
+    folder = tmp_path_factory.mktemp("whole")
+    assert run_missing(plan(), folder / "records.jsonl", folder, progress=False) == []
+    return folder
+
+
+def start(folder: Path, *more: str) -> subprocess.Popen:
+    "`mlan experiments` on the references, in a process of its own."
+    command = "import sys, torch; torch.set_num_threads(1); from mlan.command_line import main; sys.exit(main(sys.argv[1:]))"
+    flags = ["experiments", "--table", "references", "--records", str(folder / "records.jsonl"), "--folder", str(folder), "--quiet", *FLAGS]
+    return subprocess.Popen([sys.executable, "-c", command, *flags, *more], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_records_are_those_of_run_mlan_and_say_which_benchmark(whole):
+    for record in read_records(whole / "records.jsonl"):
+        out = whole / "runs" / f"{record['method']}-{experiment_key(record['settings'])}"
+        own = json.loads((out / "result.json").read_text())
+        assert {k: record[k] for k in own} == own and record["benchmark"] == BENCHMARK
+        assert ("diagnosis" in record) == (record["method"] == "cr_al")
+
+
+def test_shared_stages_are_made_once(whole):
+    made = [p.name.split("-")[0] for p in (whole / "stages").glob("*.pt")]
+    assert sorted(made) == ["adabn", "align", "align", "align_translated", "translation", "warm_up"]
+
+
+def test_a_budget_stops_before_a_run_that_would_not_end_in_time(whole, tmp_path):
+    known = read_records(whole / "records.jsonl")
+    long = [{**r, "seconds": 1000.0, "settings": {**r["settings"], "seed": 7}} for r in known]
+    (tmp_path / "records.jsonl").write_text("".join(json.dumps(r) + "\n" for r in long))
+    left = run_missing(plan(), tmp_path / "records.jsonl", tmp_path, budget=900, progress=False)
+    assert len(left) == len(METHODS) and not (tmp_path / "stages").exists()
+
+
+def test_a_run_that_is_killed_is_made_again_and_nothing_is_lost(tmp_path):
+    running = start(tmp_path)
+    deadline = time.time() + 240
+    while time.time() < deadline and not list((tmp_path / "stages").glob("warm_up-*.jsonl")) and running.poll() is None:
+        time.sleep(0.05)
+    running.send_signal(signal.SIGKILL)
+    running.wait()
+    assert len(read_records(tmp_path / "records.jsonl")) < len(TABLES["references"])
+    again = start(tmp_path)
+    said, told = again.communicate(timeout=400)
+    assert again.returncode == 0, told
+    assert said.strip() == f"3 of 3 experiments are in {tmp_path / 'records.jsonl'}"
+    assert sorted(scores(tmp_path / "records.jsonl")) == ["adabn", "fda", "oracle"]
+
+
+def test_two_runners_share_the_work(tmp_path):
+    both = [start(tmp_path) for _ in range(2)]
+    for one in both:
+        told = one.communicate(timeout=400)[1]
+        assert one.returncode == 0, told
+    left = start(tmp_path)                      # a runner that came second leaves what the first was at
+    assert left.wait(400) == 0
+    methods = [r["method"] for r in read_records(tmp_path / "records.jsonl")]
+    assert sorted(methods) == ["adabn", "fda", "oracle"]
+
+
+def test_every_setting_counts_in_a_key_but_those_that_change_no_result():
+    settings = asdict(plan()[0])
+    for name, value in settings.items():
+        other = {str: f"{value}x", int: 77, float: 0.77, bool: True, tuple: (77, 77)}[type(value)]
+        same = name in ("device", "workers", "checkpointing", "compile", "log_every", "checkpoint_every")
+        assert (experiment_key({**settings, name: other}) == experiment_key(settings)) == same, name
+    assert experiment_key({**settings, "weights": "/here/a.pt"}) == experiment_key({**settings, "weights": "/there/a.pt"})
+
+
+def test_a_key_survives_json():
+    for s in plan():
+        assert experiment_key(json.loads(json.dumps(asdict(s)))) == experiment_key(s)
+
+
+def test_tables_hold_the_papers_rows():
+    assert {r.method for r in TABLES["1"]} == {"source_only", "rll", "rl_al", "regularized_rl_al", "il_al", "regularized_il_al", "cr_al"}
+    assert {r.method for r in TABLES["2"]} == {"cr_al", "cr_al+it", "cr_al+rit", "cr_al+st", "cr_al+rst", "mlan"}
+    assert {r.method for t in TABLES.values() for r in t} == set(PLANS)
+    assert {dict(r.set).get("map_weights") for r in TABLES["controls"]} == {None, *MAP_WEIGHTS}
+
+
+@pytest.mark.parametrize("figure, weight", [("figure5", "lambda_ent"), ("figure6", "lambda_image")])
+def test_figures_scale_one_weight_and_pass_through_the_table(figure, weight):
+    usual = row_settings(Row("rl_al"), PAIRS["streets"])
+    made = [row_settings(row, PAIRS["streets"]) for row in TABLES[figure]]
+    assert sorted({round(getattr(s, weight) / getattr(usual, weight), 6) for s in made}) == sorted(FACTORS)
+    table = {experiment_key(row_settings(r, PAIRS["streets"])) for r in TABLES["1"]}
+    assert sum(experiment_key(s) in table for s in made) == 2
+
+
+def test_the_search_gives_every_row_the_same_budget():
+    for table in ("1", "2", "references", "controls"):
+        for row in TABLES[table]:
+            tried = trials(row)
+            assert len({experiment_key(row_settings(t, PAIRS["streets"])) for t in tried}) == 3, row.name
+            assert set(tried) <= set(TABLES["search"])
+
+
+def test_first_seed_of_all_pairs_before_the_second_of_any():
+    made = planned(("1",), ("streets", "cartoon"), seeds=(0, 1), data_seeds=(0, 1))
+    assert [(s.data_seed, s.seed) for s in made] == sorted((s.data_seed, s.seed) for s in made)
+    assert len({experiment_key(s) for s in made}) == len(made) == 7 * 2 * 4
+
+
+def test_another_version_of_the_benchmark_is_not_seen(whole, tmp_path):
+    old = [{**r, "benchmark": BENCHMARK - 1} for r in read_records(whole / "records.jsonl")]
+    (tmp_path / "records.jsonl").write_text("".join(json.dumps(r) + "\n" for r in old))
+    assert missing(plan(), tmp_path / "records.jsonl") == plan()
+    assert row_records(old, Row("cr_al"), PAIRS["streets"]) == []
+
+
+def test_a_missing_data_set_is_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("MLAN_DATA", raising=False)
+    flags = ["experiments", "--table", "1", "--pair", "airsim_camvid", "--records", str(tmp_path / "r.jsonl"), "--folder", str(tmp_path)]
+    assert main([*flags, "--quiet"]) == 2
+    assert "MLAN_DATA" in capsys.readouterr().err and not os.path.exists(tmp_path / "r.jsonl")
+
+
+def test_unknown_names_are_refused(capsys, tmp_path):
+    for flag, name in (("--table", "9"), ("--pair", "kitti")):
+        assert main(["experiments", flag, name, "--records", str(tmp_path / "r.jsonl")]) == 2
+        assert f"there is no '{name}'; choose from" in capsys.readouterr().err
+
+
+def test_profiles_know_every_row():
+    for profile in PROFILES:
+        for row in {r for table in TABLES.values() for r in table}:
+            assert isinstance(row_settings(row, PAIRS["streets"], profile), Settings)
