@@ -6,7 +6,7 @@
 __all__ = ['DEMO', 'command_run', 'command_check', 'command_prepare', 'command_evaluate', 'command_predict', 'demo',
            'command_demo', 'command_experiments', 'command_report', 'main']
 
-# %% ../nbs/23_command_line.ipynb #9dba0ac3
+# %% ../nbs/23_command_line.ipynb #5bc2d614
 import argparse
 import json
 import os
@@ -30,7 +30,7 @@ from .settings import CHOICES, PLANS, PROFILES, QUICK, Settings
 from .train import load_segmenter, report_runs, run_mlan
 from .trainer import TrainingError, processes
 
-# %% ../nbs/23_command_line.ipynb #6da1f9bc
+# %% ../nbs/23_command_line.ipynb #88215e4c
 def _add_settings(parser, besides=("source", "target", "method", "profile")):
     "A flag for every field of Settings that isn't an argument of its own."
     for f in fields(Settings):
@@ -60,7 +60,7 @@ def command_run(args) -> None:
         print(comparison_table({result.record["method"]: result.record}))
     print(f"\nreport: {result.out / 'report.html'}   weights: {result.out / 'checkpoint.pt'}")
 
-# %% ../nbs/23_command_line.ipynb #d84abc09
+# %% ../nbs/23_command_line.ipynb #bbe35335
 def command_check(args) -> None:
     "Read the files of a data set; print what is there, split by split."
     for split in args.splits or ("train", "val", "test"):
@@ -80,14 +80,14 @@ def command_check(args) -> None:
         for warning in found["warnings"]:
             print(f"  note: {warning}")
 
-# %% ../nbs/23_command_line.ipynb #540b37db
+# %% ../nbs/23_command_line.ipynb #01d6b42c
 def command_prepare(args) -> None:
     "Resize a data set once, so that training need not decode it; one that was stopped goes on."
     for split in args.splits:
         ready = prepare(args.data, args.size, args.out, split, workers=os.cpu_count(), progress=not args.quiet)
         print(f"{args.data} {split}: {len(ready)} images of {args.size} in {ready.folder}; open it as prepared:{args.out}")
 
-# %% ../nbs/23_command_line.ipynb #dc1fa08b
+# %% ../nbs/23_command_line.ipynb #19146fc6
 def command_evaluate(args) -> None:
     "Score a checkpoint on a labelled split."
     net, about = load_segmenter(args.checkpoint, args.device)
@@ -114,7 +114,7 @@ def command_predict(args) -> None:
     (out / "classes.json").write_text(json.dumps(dict(enumerate(about["classes"])), indent=1))
     print(f"{len(photos)} images labelled in {out}: ids/ (class numbers), colors/, classes.json")
 
-# %% ../nbs/23_command_line.ipynb #e076d4b7
+# %% ../nbs/23_command_line.ipynb #efcb5dc1
 DEMO = ("source_only", "cr_al", "mlan", "oracle")
 
 
@@ -141,7 +141,7 @@ def command_demo(args) -> None:
     print(comparison_table({m: r.record for m, r in results.items()}))
     print(f"\nCR-AL against source only: {gain:+.1f} points.   Pictures, curves, settings: {Path(args.out) / 'report.html'}")
 
-# %% ../nbs/23_command_line.ipynb #745eb539
+# %% ../nbs/23_command_line.ipynb #a45e5e65
 def command_experiments(args) -> None:
     "Run the experiments of some tables that a file of records lacks."
     given = {k: v for k, v in _chosen(args).items() if k != "profile"}
@@ -154,12 +154,12 @@ def command_experiments(args) -> None:
     there = f"{len(plan) - len(left)} of {len(plan)} experiments are in {args.records}"
     print(there + "; the same command runs the rest" * bool(left))
 
-# %% ../nbs/23_command_line.ipynb #de128bae
+# %% ../nbs/23_command_line.ipynb #500898d6
 def command_report(args) -> None:
     "One report on several runs of a pair."
     print(report_runs(args.runs, args.out))
 
-# %% ../nbs/23_command_line.ipynb #1c41b1c9
+# %% ../nbs/23_command_line.ipynb #5c99078d
 def _command(commands, function, help, **flags):
     "A subcommand that calls the function; a flag with nargs and no default is an argument by position."
     sub = commands.add_parser(function.__name__.removeprefix("command_"), help=help, description=function.__doc__)
@@ -169,7 +169,20 @@ def _command(commands, function, help, **flags):
     sub.set_defaults(function=function)
     return sub
 
+# %% ../nbs/23_command_line.ipynb #9f364583
+def _add_experiments(command, needed):
+    "The flags of `mlan experiments`."
+    tables = command(command_experiments, "fill a file of records: the rows of the paper's tables, with controls",
+                     table={"nargs": "+", "default": ["1", "2"], "help": f"of {', '.join(TABLES)}"},
+                     pair={"nargs": "+", "default": ["streets"], "help": f"of {', '.join(PAIRS)}"},
+                     profile={"default": "quick", "choices": list(PROFILES)}, records=needed, folder={"default": "runs/experiments"},
+                     budget={"type": float, "help": "seconds; what would not end in time is not begun"})
+    for name in ("seeds", "data-seeds"):
+        tables.add_argument(f"--{name}", nargs="+", type=int, default=[0])
+    tables.add_argument("--dry-run", action="store_true", help="list what is missing; run nothing")
+    _add_settings(tables, ("source", "target", "method", "profile", "seed", "data_seed"))
 
+# %% ../nbs/23_command_line.ipynb #282b6a2b
 def _parser():
     parser = argparse.ArgumentParser("mlan", description="Multi-level adversarial network for domain adaptive semantic segmentation.")
     command = partial(_command, parser.add_subparsers(required=True, metavar="COMMAND"))
@@ -187,20 +200,12 @@ def _parser():
         sub.add_argument("data", help="NAME, NAME:PATH or streets:DOMAIN")
     command(command_evaluate, "score a checkpoint", checkpoint=needed, target=needed, split={"default": "test"}, device=device)
     command(command_predict, "label a folder of images", checkpoint=needed, images=needed, out=needed, device=device)
-    tables = command(command_experiments, "fill a file of records: the rows of the paper's tables, with controls",
-                     table={"nargs": "+", "default": ["1", "2"], "help": f"of {', '.join(TABLES)}"},
-                     pair={"nargs": "+", "default": ["streets"], "help": f"of {', '.join(PAIRS)}"},
-                     profile={"default": "quick", "choices": list(PROFILES)}, records=needed, folder={"default": "runs/experiments"},
-                     budget={"type": float, "help": "seconds; what would not end in time is not begun"})
-    for name in ("seeds", "data-seeds"):
-        tables.add_argument(f"--{name}", nargs="+", type=int, default=[0])
-    tables.add_argument("--dry-run", action="store_true", help="list what is missing; run nothing")
-    _add_settings(tables, ("source", "target", "method", "profile", "seed", "data_seed"))
+    _add_experiments(command, needed)
     command(command_report, "one report on several runs", runs={"nargs": "+"}, out={"default": "report.html"})
     command(command_demo, "watch the method on built-in scenes", out={"default": "runs/demo"}, seed={"default": "0"})
     return parser
 
-# %% ../nbs/23_command_line.ipynb #9f4fbbc6
+# %% ../nbs/23_command_line.ipynb #0d3f32e0
 def main(argv: list | None = None) -> int:  # exit status: 0, or 2 where the input was wrong
     "The `mlan` command."
     args = _parser().parse_args(argv)

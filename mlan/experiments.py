@@ -7,7 +7,7 @@ __all__ = ['BENCHMARK', 'PAIRS', 'ADVERSARIAL', 'FACTORS', 'TABLES', 'Pair', 'Ro
            'row_records', 'chosen_trial', 'read_records', 'append_record', 'planned', 'expected_seconds', 'measure',
            'run_missing', 'missing']
 
-# %% ../nbs/22_experiments.ipynb #987f5c43
+# %% ../nbs/22_experiments.ipynb #80948881
 import json
 import sys
 import time
@@ -27,10 +27,10 @@ from .settings import RUNTIME_SETTINGS, Settings, make_settings
 from .stages import Run, walk
 from .train import run_mlan
 
-# %% ../nbs/22_experiments.ipynb #2fa326c9
+# %% ../nbs/22_experiments.ipynb #d4d7e231
 BENCHMARK = 1  # version of the built-in data and its splits
 
-# %% ../nbs/22_experiments.ipynb #ba4bfdc1
+# %% ../nbs/22_experiments.ipynb #0f80762c
 @dataclass(frozen=True)
 class Pair:
     "A source and a target, and the settings that they need."
@@ -45,7 +45,7 @@ PAIRS = {"streets": Pair("streets:engine", "streets:camera"),
          "streets_camvid": Pair("streets:engine", "camvid", _CAMVID),
          "airsim_camvid": Pair("airsim_nh", "camvid", _CAMVID)}
 
-# %% ../nbs/22_experiments.ipynb #0d8704e9
+# %% ../nbs/22_experiments.ipynb #7e56cae0
 @dataclass(frozen=True)
 class Row:
     "A row of a table, or a point of a figure."
@@ -67,7 +67,7 @@ def row_settings(row: Row, pair: Pair, profile: str = "quick",
     scaled = {k: getattr(usual, k) * factor for k, factor in row.times}
     return make_settings(pair.source, pair.target, row.method, profile, **{**given, **scaled})
 
-# %% ../nbs/22_experiments.ipynb #e1b2c1ca
+# %% ../nbs/22_experiments.ipynb #96338061
 ADVERSARIAL = {"rl_al": "lambda_ent", "regularized_rl_al": "lambda_ent", "il_al": "lambda_image", "regularized_il_al": "lambda_image"}
 FACTORS = (0.2, 0.6, 1, 1.4, 1.8)  # of Figures 5 and 6
 
@@ -87,7 +87,7 @@ TABLES = {
     "figure5": _figure("lambda_ent"),
     "figure6": _figure("lambda_image")}
 
-# %% ../nbs/22_experiments.ipynb #fce9e5ca
+# %% ../nbs/22_experiments.ipynb #c00daaa5
 _OWN = {"source_only": "lr", "adabn": "lr", "oracle": "lr", "rll": "lambda_region", "fda": "fourier_beta",
         **ADVERSARIAL, "il_al_and_rll": "lambda_image", "cr_al": "lambda_ent lambda_image",
         "rl_al_and_il_al": "lambda_ent lambda_image", "cr_al+it": "translated_share", "cr_al+rit": "translated_share",
@@ -105,7 +105,7 @@ def trials(row: Row) -> tuple:  # of Row, the row itself first
 
 TABLES["search"] = tuple(trial for table in ("1", "references", "2", "controls") for row in TABLES[table] for trial in trials(row))
 
-# %% ../nbs/22_experiments.ipynb #bc1c0141
+# %% ../nbs/22_experiments.ipynb #2dc061fa
 _SEEDS = ("seed", "data_seed")
 
 
@@ -132,7 +132,7 @@ def chosen_trial(records: list, row: Row, pair: Pair, profile: str = "quick") ->
         return found[0] if found and found[0] is not None else -1.0
     return max(trials(row), key=val)
 
-# %% ../nbs/22_experiments.ipynb #d3229614
+# %% ../nbs/22_experiments.ipynb #9083c4ae
 def read_records(path: str | Path) -> list:  # of dict; [] where there is no file
     "The records of a file; ValueError names a line that is none."
     lines = Path(path).read_text(encoding="utf-8").splitlines() if Path(path).exists() else []
@@ -152,7 +152,7 @@ def append_record(record: dict, path: str | Path, lock: str | Path):
         text = old + "\n" * (old[-1:] not in ("", "\n")) + json.dumps(record) + "\n"
         write_whole(Path(path), lambda part: part.write_text(text, encoding="utf-8"))
 
-# %% ../nbs/22_experiments.ipynb #0996b8ea
+# %% ../nbs/22_experiments.ipynb #b2732370
 def planned(tables,  # keys of TABLES
             pairs=("streets",),  # keys of PAIRS
             profile: str = "quick", seeds=(0,), data_seeds=(0,),
@@ -169,7 +169,7 @@ def planned(tables,  # keys of TABLES
         found.setdefault(experiment_key(settings), settings)
     return [*found.values()]
 
-# %% ../nbs/22_experiments.ipynb #1213d00f
+# %% ../nbs/22_experiments.ipynb #fba728a9
 def expected_seconds(settings: Settings, records: list) -> float:
     "What the longest run of this method took, at this size and profile; of any method where it was not run; 0 where nothing was."
     def alike(r, *names):
@@ -192,7 +192,7 @@ def _taken(file: Path):  # True if this runner has it
     finally:
         lock.release()
 
-# %% ../nbs/22_experiments.ipynb #4333469c
+# %% ../nbs/22_experiments.ipynb #fe621414
 def measure(settings: Settings, folder: Path, progress: bool = False) -> dict:  # the record
     "Run one experiment; its folder is FOLDER/runs/METHOD-KEY, its stages are shared in FOLDER/stages."
     chosen = {f.name: getattr(settings, f.name) for f in fields(Settings)}
@@ -205,7 +205,7 @@ def measure(settings: Settings, folder: Path, progress: bool = False) -> dict:  
         record = {**record, "diagnosis": diagnose(run)}
     return {"benchmark": BENCHMARK, **record}
 
-
+# %% ../nbs/22_experiments.ipynb #6f3eb3ba
 def run_missing(plan: list,  # of Settings, from `planned`
                 records: str | Path,  # the file
                 folder: str | Path,  # of runs and shared stages
