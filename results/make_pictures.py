@@ -1,0 +1,37 @@
+"""Pictures of Figure 4 from the folders of finished runs -> pictures_PAIR.npz.
+
+python results/make_pictures.py RUNS    RUNS holds the folders of `mlan experiments`, usually runs/experiments/runs
+Predictions and maps only: photographs and truths are read from the data set when they are drawn.
+"""
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from make_tables import HERE, records
+
+from mlan.experiments import PAIRS, Row, experiment_key, row_records
+from mlan.train import load_pictures, save_pictures
+
+METHODS = ("source_only", "rl_al", "il_al", "cr_al", "mlan", "oracle")
+
+
+def merged(folders: list) -> list:
+    "The rows of several runs on the same images as one, without what belongs to the data set."
+    rows = load_pictures(folders[0] / "pictures.npz")
+    for folder in folders[1:]:
+        for row, other in zip(rows, load_pictures(folder / "pictures.npz"), strict=True):
+            row.predictions.update(other.predictions)
+            row.maps.update(other.maps)
+    empty = np.zeros((0, 0, 3), np.uint8)
+    return [replace(r, image=empty, truth=None, maps={k: m.astype(np.float16) for k, m in r.maps.items()}) for r in rows]
+
+
+if __name__ == "__main__":
+    runs = Path(sys.argv[1])
+    for name, pair in PAIRS.items():
+        first = [r for m in METHODS for r in row_records(records(), Row(m), pair) if r["seed"] == r["data_seed"] == 0]
+        folders = [runs / f"{r['method']}-{experiment_key(r['settings'])}" for r in first]
+        if folders and all((f / "pictures.npz").exists() for f in folders):
+            save_pictures(HERE / f"pictures_{name}.npz", merged(folders))
+            print(name, *(r["method"] for r in first))
