@@ -4,21 +4,22 @@
 
 # %% auto #0
 __all__ = ['TABLE_1', 'TABLE_2', 'FIGURE_5', 'FIGURE_6', 'PAPER_MIOU', 'STEPS', 'PAPER_BACKBONES', 'TABLE_3', 'TABLE_4',
-           'AblationRow', 'markdown_table', 'AblationTable', 'parse_ablations', 'WeightStudy', 'gain', 'PaperRow',
-           'parse_rows', 'ComparisonTable', 'MeanCheck', 'recomputed_mean', 'audit_means', 'slips_that_mend', 'lead',
-           'Claim', 'claims_table', 'audit_text']
+           'AblationRow', 'AblationTable', 'parse_ablations', 'WeightStudy', 'gain', 'PaperRow', 'parse_rows',
+           'ComparisonTable', 'MeanCheck', 'recomputed_mean', 'audit_means', 'lead', 'Claim', 'claims_table',
+           'audit_text']
 
-# %% ../nbs/24_paper_tables.ipynb #f1a7df29
+# %% ../nbs/24_paper_tables.ipynb #385df7d9
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
+from .comparison import Table
 from .evaluation import SYNTHIA_13, percent
 from .label_spaces import CITYSCAPES, SYNTHIA16, require
 from .report import best_methods
 
-# %% ../nbs/24_paper_tables.ipynb #5de53ff9
+# %% ../nbs/24_paper_tables.ipynb #954662b0
 @dataclass(frozen=True)
 class AblationRow:
     "A row of Table 1 or 2."
@@ -28,23 +29,14 @@ class AblationRow:
     terms: tuple[str, ...] # the losses that the row is marked with
     miou: float # percent
 
-# %% ../nbs/24_paper_tables.ipynb #46f00baa
-def markdown_table(
-    heads: Sequence[str], # of the columns
-    rows: Sequence[Sequence[str]], # a cell for each head
-    words: int = 1, # so many columns hold words and stand to the left; numbers stand to the right
-) -> str:
-    "A table in markdown."
-    align = [":---" if i < words else "---:" for i in range(len(heads))]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (heads, align, *rows))
-
+# %% ../nbs/24_paper_tables.ipynb #4d83d1c1
 def _symbol(term: str) -> str: # "L_ent^r" -> L with ent below and r above, in HTML: it needs no typesetter
     return re.sub(r"^L_(\w+?)(?:\^(\w))?$", lambda m: f"L<sub>{m[1]}</sub>" + (f"<sup>{m[2]}</sup>" if m[2] else ""), term)
 
 def _labelled(name: str, reference: int | None) -> str: # ("RLL", 14) -> "RLL [14]"
     return name if reference is None else f"{name} [{reference}]"
 
-# %% ../nbs/24_paper_tables.ipynb #e903056f
+# %% ../nbs/24_paper_tables.ipynb #fb954cf1
 @dataclass(frozen=True)
 class AblationTable:
     "Table 1 or 2: terms switched on one by one."
@@ -56,11 +48,12 @@ class AblationTable:
 
     def _repr_markdown_(self) -> str:
         best = best_methods({key: {"mIoU": v} for key, v in self.miou.items()}, "mIoU")
-        body = [[_labelled(row.name, row.reference).replace(" ", "&nbsp;"), *("×" if t in row.terms else "" for t in self.terms),
-                 f"**{percent(row.miou)}**" if row.key in best else percent(row.miou)] for row in self.rows]
-        return markdown_table(["Method", *map(_symbol, self.terms), "mIoU"], body)
+        body = [(_labelled(row.name, row.reference).replace(" ", "&nbsp;"), *("×" if t in row.terms else "" for t in self.terms),
+                 percent(row.miou)) for row in self.rows]
+        bold = frozenset((i, len(self.terms) + 1) for i, row in enumerate(self.rows) if row.key in best)
+        return Table(("Method", *map(_symbol, self.terms), "mIoU"), body, bold).markdown()
 
-# %% ../nbs/24_paper_tables.ipynb #b272e16e
+# %% ../nbs/24_paper_tables.ipynb #f202a880
 def _name_and_reference(text: str) -> tuple[str, int | None]: # "RLL [14]" -> ("RLL", 14)
     name, _, number = text.strip().partition(" [")
     return name, int(number.rstrip("]")) if number else None
@@ -78,7 +71,7 @@ def parse_ablations(
         rows.append(AblationRow(*_name_and_reference(name), key, tuple(marks.split()), float(miou)))
     return AblationTable(terms, tuple(rows))
 
-# %% ../nbs/24_paper_tables.ipynb #c9c9999e
+# %% ../nbs/24_paper_tables.ipynb #e3790645
 TABLE_1 = parse_ablations("""
 Baseline          | source_only       | L_seg                            | 36.6
 RLL [14]          | rll               | L_seg L_region                   | 39.3
@@ -98,7 +91,7 @@ CR-AL          | cr_al     |               | 49.1
 MLAN(+RIT+RST) | mlan      | L_IT^r L_ST^r | 53.6
 """, "L_IT L_IT^r L_ST L_ST^r")
 
-# %% ../nbs/24_paper_tables.ipynb #bb60f8e5
+# %% ../nbs/24_paper_tables.ipynb #ae112c96
 @dataclass(frozen=True)
 class WeightStudy:
     "What Section 4.5 says of Figure 5 or 6."
@@ -112,7 +105,7 @@ class WeightStudy:
 FIGURE_5 = WeightStudy("lambda_ent", (.2e-3, 1.8e-3), {"rl_al": (40.0, 43.1), "regularized_rl_al": (45.1, 46.1)})
 FIGURE_6 = WeightStudy("lambda_image", (.2e-3, 1.8e-3), {"il_al": (40.9, 43.3), "regularized_il_al": (45.9, 46.9)})
 
-# %% ../nbs/24_paper_tables.ipynb #195ccd79
+# %% ../nbs/24_paper_tables.ipynb #4aaeec96
 PAPER_MIOU = TABLE_1.miou | TABLE_2.miou # {our name: percent}, GTA5 to Cityscapes, ResNet-101
 
 STEPS = ( # (method, the one that it is built on)
@@ -128,7 +121,7 @@ def gain(
     "By how much the paper has one method ahead of another."
     return round(PAPER_MIOU[method] - PAPER_MIOU[over], 1)
 
-# %% ../nbs/24_paper_tables.ipynb #d56f5535
+# %% ../nbs/24_paper_tables.ipynb #24dcd3ac
 @dataclass(frozen=True)
 class PaperRow:
     "A row of Table 3 or 4."
@@ -156,7 +149,7 @@ def parse_rows(
         rows.append(PaperRow(*_name_and_reference(name), backbone, values[:n_classes], values[n_classes:]))
     return tuple(rows)
 
-# %% ../nbs/24_paper_tables.ipynb #de135651
+# %% ../nbs/24_paper_tables.ipynb #8d092f1e
 PAPER_BACKBONES = {"V": "vgg16", "R": "resnet101"}
 _SHORT = {"sidewalk": "side.", "building": "build.", "traffic light": "light", "traffic sign": "sign", "vegetation": "veg.",
           "terrain": "terr.", "motorcycle": "moto.", "bicycle": "bike"}
@@ -176,16 +169,16 @@ class ComparisonTable:
                 for row in self.rows if row.backbone == backbone}
 
     def _repr_markdown_(self) -> str:
-        body, columns = [], (*self.classes, *self.averages)
+        body, bold, columns = [], set(), (*self.classes, *self.averages)
         blocks = {b: self.block(b) for b in PAPER_BACKBONES}
         best = {(b, c): best_methods(blocks[b], c) for b in blocks for c in columns}
-        for row in self.rows:
+        for i, row in enumerate(self.rows):
             texts = [percent(blocks[row.backbone][row.method][c]) for c in columns]
-            marked = [f"**{t}**" if row.method in best[row.backbone, c] else t for t, c in zip(texts, columns)]
-            body.append([_labelled(row.method, row.reference).replace(" ", "&nbsp;"), row.backbone, *marked])
-        return markdown_table(["Method", "", *(_SHORT.get(c, c) for c in columns)], body, words=2)
+            bold |= {(i, j) for j, c in enumerate(columns, 2) if row.method in best[row.backbone, c]}
+            body.append((_labelled(row.method, row.reference).replace(" ", "&nbsp;"), row.backbone, *texts))
+        return Table(("Method", "", *(_SHORT.get(c, c) for c in columns)), body, frozenset(bold)).markdown()
 
-# %% ../nbs/24_paper_tables.ipynb #def4836d
+# %% ../nbs/24_paper_tables.ipynb #0d58d81c
 TABLE_3 = ComparisonTable("GTA5", {"mIoU": CITYSCAPES.classes}, parse_rows("""
 AdaptSeg [26] V 87.3 29.8 78.6 21.1 18.2 22.5 21.5 11.0 79.7 29.6 71.3 46.8 6.5 80.1 23.0 26.9 0.0 10.6 0.3 35.0
 AdvEnt [30] V 86.9 28.7 78.7 28.5 25.2 17.1 20.3 10.9 80.0 26.4 70.2 47.1 8.4 81.5 26.0 17.2 18.9 11.7 1.6 36.1
@@ -212,7 +205,7 @@ SVMin [9] R 92.9 56.2 84.3 34.0 22.0 43.1 50.9 48.6 85.8 42.0 78.9 66.6 26.9 88.
 Ours R 93.6 58.4 84.9 34.3 30.6 42.5 48.5 44.6 86.9 41.7 83.4 61.7 33.4 88.0 41.4 49.2 16.2 31.3 40.4 53.2
 """, n_classes=19, n_means=1))
 
-# %% ../nbs/24_paper_tables.ipynb #125701dd
+# %% ../nbs/24_paper_tables.ipynb #86e9cf0e
 TABLE_4 = ComparisonTable("SYNTHIA", {"mIoU": SYNTHIA16.classes, "mIoU*": SYNTHIA_13}, parse_rows("""
 AdaptSeg [26] V 78.9 29.2 75.5 - - - 0.1 4.8 72.6 76.7 43.4 8.8 71.1 16.0 3.6 8.4 - 37.6
 AdvEnt [30] V 67.9 29.4 71.9 6.3 0.3 19.9 0.6 2.6 74.9 74.9 35.4 9.6 67.8 21.4 4.1 15.5 31.4 36.6
@@ -238,7 +231,7 @@ SVMin [9] R 89.8 47.7 82.3 14.4 0.2 37.1 35.4 22.1 85.1 84.9 65.8 25.6 86.0 30.5
 Ours R 90.6 49.3 82.6 11.6 1.1 36.4 32.9 23.5 85.8 86.7 63.4 31.9 85.1 40.6 34.2 48.9 50.3 58.1
 """, n_classes=16, n_means=2))
 
-# %% ../nbs/24_paper_tables.ipynb #d4bcc3f8
+# %% ../nbs/24_paper_tables.ipynb #a420ff74
 _TENTH = Fraction(1, 10)
 
 @dataclass(frozen=True)
@@ -255,7 +248,7 @@ class MeanCheck:
     @property
     def agrees(self) -> bool: return abs(self.gap) < _TENTH # rounding can explain the gap
 
-# %% ../nbs/24_paper_tables.ipynb #ffa23a21
+# %% ../nbs/24_paper_tables.ipynb #daa85754
 def recomputed_mean(
     table: ComparisonTable,
     row: PaperRow, # of that table
@@ -272,30 +265,7 @@ def audit_means(table: ComparisonTable) -> list[MeanCheck]:
               for row in table.rows for mean, printed in zip(table.averages, row.means) if printed is not None]
     return [check for check in checks if check.recomputed is not None]
 
-# %% ../nbs/24_paper_tables.ipynb #54fb3c1d
-def _slips(value: float) -> set[float]: # 42.3 -> {42.0, 42.1, ..., 24.3, 43.2, ...}
-    "The numbers that are one slip away: one digit another one (a first digit may be lost), or two neighbours swapped."
-    digits = f"{value:04.1f}".replace(".", "")
-    other = {digits[:k] + d + digits[k + 1:] for k in range(len(digits)) for d in "0123456789"}
-    swapped = {digits[:k] + digits[k + 1] + digits[k] + digits[k + 2:] for k in range(len(digits) - 1)}
-    return {int(s) / 10 for s in (other | swapped) - {digits}}
-
-def slips_that_mend(
-    table: ComparisonTable,
-    row: PaperRow, # of that table
-) -> list[tuple[str, float, float]]: # (class or mean, printed, what it may have been)
-    "Single slips of the pen after which each mean of the row is its classes' mean, rounded."
-    found, n = [], len(row.per_class)
-    for i, (column, value) in enumerate(zip((*table.classes, *table.averages), row.per_class + row.means)):
-        for mended in sorted(_slips(value)) if value is not None else []:
-            cells = list(row.per_class + row.means)
-            cells[i] = mended
-            new = PaperRow(row.method, row.reference, row.backbone, tuple(cells[:n]), tuple(cells[n:]))
-            checks = audit_means(ComparisonTable(table.source, table.averages, (new,)))
-            if all(abs(c.gap) <= _TENTH / 2 for c in checks): found.append((column, value, mended))
-    return found
-
-# %% ../nbs/24_paper_tables.ipynb #54ecd309
+# %% ../nbs/24_paper_tables.ipynb #3fdb6279
 def lead(
     table: ComparisonTable,
     backbone: str, # "V" or "R"
@@ -307,7 +277,7 @@ def lead(
     own, others = values.pop(method, None), values.values()
     return None if own is None or not others else round(own - max(others), 1)
 
-# %% ../nbs/24_paper_tables.ipynb #24cc0a3b
+# %% ../nbs/24_paper_tables.ipynb #5ab8a34f
 @dataclass(frozen=True)
 class Claim:
     "A statement about numbers, and what the tables say to it."
@@ -321,10 +291,10 @@ def claims_table(claims: Sequence[Claim]) -> str:
     "Claims in markdown, those that fail first."
     verdict = {False: "**fails**", None: "open", True: "holds"}
     ordered = sorted(claims, key=lambda c: list(verdict).index(c.holds))
-    body = [[c.place, c.statement, c.printed, c.found, verdict[c.holds]] for c in ordered]
-    return markdown_table(["Place", "Statement", "printed", "found in the tables", ""], body, words=5)
+    body = [(c.place, c.statement, c.printed, c.found, verdict[c.holds]) for c in ordered]
+    return Table(("Place", "Statement", "printed", "found in the tables", ""), body).markdown()
 
-# %% ../nbs/24_paper_tables.ipynb #1298b64e
+# %% ../nbs/24_paper_tables.ipynb #0b2a6586
 def _points(*values: float) -> str: return ", ".join(f"{v:+.1f}" for v in values)
 
 def _ahead(statement: str, *pairs: tuple[str, str]) -> Claim:
@@ -342,7 +312,7 @@ def _step_claims() -> list[Claim]:
         _ahead("RIT over IT, RST over ST", ("cr_al+rit", "cr_al+it"), ("cr_al+rst", "cr_al+st")),
         _ahead("MLAN over RIT alone and RST alone", ("mlan", "cr_al+rit"), ("mlan", "cr_al+rst"))]
 
-# %% ../nbs/24_paper_tables.ipynb #cca803ce
+# %% ../nbs/24_paper_tables.ipynb #234072ae
 def _number_claims() -> list[Claim]:
     rll, regularized = gain("rll", "source_only"), [gain(*pair) for pair in _REGULARIZED]
     cited, there = TABLE_3.block("R"), sum(row.key in TABLE_1.miou for row in TABLE_2.rows)
@@ -357,7 +327,7 @@ def _number_claims() -> list[Claim]:
         Claim("Tables 2, 3", "one mIoU for MLAN with ResNet-101 from GTA5", f"{mlan[0]}", f"{mlan[1]}", mlan[0] == mlan[1]),
         Claim("Tables 1, 3", "RL-AL and CrCDA, both cited as [14]", f"{same[0]}", f"{same[1]}", None)]
 
-# %% ../nbs/24_paper_tables.ipynb #a6dca4a2
+# %% ../nbs/24_paper_tables.ipynb #ffd96ee3
 def _comparison_claims() -> list[Claim]:
     means = [(t, b, m) for t in (TABLE_3, TABLE_4) for b in PAPER_BACKBONES for m in t.averages]
     leads = [lead(*mean) for mean in means]
@@ -370,7 +340,7 @@ def _comparison_claims() -> list[Claim]:
         Claim("4.4", "classes of the means", "19, 16, 13", ", ".join(map(str, counts)), counts == [19, 16, 13]),
         Claim("4.4", "in an example, SVMin sees poles where MLAN does not err", "better", f"IoU of pole {_points(*poles)}", None)]
 
-# %% ../nbs/24_paper_tables.ipynb #8af21905
+# %% ../nbs/24_paper_tables.ipynb #0bea57c3
 def _range_claims() -> list[Claim]:
     studies, name = (FIGURE_5, FIGURE_6), {row.key: row.name for row in TABLE_1.rows}
     claims = [Claim("4.5", f"range of {name[method]} over `{study.weight}`, Table 1 within it", f"{low} to {high}",
@@ -385,7 +355,7 @@ def _range_claims() -> list[Claim]:
               low <= PAPER_MIOU["il_al"] <= high),
         Claim("4.5", "weights of the two supervised losses are studied as well", "studied", "no number given", None)]
 
-# %% ../nbs/24_paper_tables.ipynb #be210d06
+# %% ../nbs/24_paper_tables.ipynb #c143284a
 def audit_text() -> list[Claim]:
     "Every statement about numbers that the tables can be asked about."
     layers = Claim("1", "the four classifiers that training adds have one layer each", "1 layer", "5 in C_image (Section 4.2)", False)

@@ -6,7 +6,7 @@
 __all__ = ['coverage_table', 'ablation', 'order_table', 'pairs_table', 'search_table', 'weight_curves', 'diagnoses',
            'agreement_table']
 
-# %% ../nbs/25_results.ipynb #deb2eb2a
+# %% ../nbs/25_results.ipynb #0b321934
 from statistics import mean
 
 from .comparison import AblationTables, Table, ablation_table, rank_agreement, rank_agreement_interval, summary
@@ -14,7 +14,7 @@ from .experiments import FACTORS, PAIRS, TABLES, Row, chosen_trial, row_records,
 from .paper_tables import PAPER_MIOU
 from .report import method_title
 
-# %% ../nbs/25_results.ipynb #ac5c6f99
+# %% ../nbs/25_results.ipynb #02e9d0d4
 def coverage_table(records: list) -> Table:
     "How many runs there are of each table's rows on each pair, of how many rows, and what they took."
     lines = []
@@ -28,7 +28,7 @@ def coverage_table(records: list) -> Table:
                 lines.append((pair, table, f"{sum(map(bool, found))} of {len(rows)}", str(len(seeds)), str(len(runs)), f"{hours:.1f}"))
     return Table(("pair", "table", "rows run", "seeds", "runs", "hours"), lines)
 
-# %% ../nbs/25_results.ipynb #6c899a85
+# %% ../nbs/25_results.ipynb #84f482a6
 def _in_order(tables) -> list:
     "Rows of tables: the paper's in its order, then the others."
     rows = dict.fromkeys(row for table in tables for row in TABLES[table])
@@ -43,7 +43,7 @@ def ablation(records: list, pair: str, tables, steps, base: str = "source_only")
     claims = [two for two in steps if set(two) <= set(scores)]
     return ablation_table(scores, paper, base, claims, {row.name: row.title for row in rows})
 
-# %% ../nbs/25_results.ipynb #b89cc134
+# %% ../nbs/25_results.ipynb #fad981c1
 def order_table(records: list, pairs=tuple(PAIRS)) -> Table:
     "Rank agreement with Tables 1 and 2 on each pair."
     lines = []
@@ -57,7 +57,7 @@ def order_table(records: list, pairs=tuple(PAIRS)) -> Table:
             lines.append((pair, table, str(found.n), f"{found.tau:+.2f}", f"{least:+.2f} to {most:+.2f}", swapped))
     return Table(("pair", "table", "rows", "tau", "seed by seed", "in the other order here"), lines)
 
-# %% ../nbs/25_results.ipynb #9fd73646
+# %% ../nbs/25_results.ipynb #a420fed4
 def pairs_table(records: list, tables=("1", "2", "references", "controls")) -> Table:
     "Mean and deviation of every row on every pair; the best of each pair bold, the oracle apart."
     rows, told, best = _in_order(tables), {}, set()
@@ -69,7 +69,7 @@ def pairs_table(records: list, tables=("1", "2", "references", "controls")) -> T
     lines = [(row.title, *(told[c][i] for c in told)) for i, row in enumerate(rows)]
     return Table(("method", *PAIRS), lines, frozenset(best))
 
-# %% ../nbs/25_results.ipynb #d2ab536b
+# %% ../nbs/25_results.ipynb #5ba67485
 def search_table(records: list, pair: str = "streets", tables=("1", "2", "references", "controls")) -> Table:
     "The search of equal budget: mIoU on val, lower, as it is, higher; and what the choice changes on test."
     lines, bold = [], set()
@@ -84,7 +84,7 @@ def search_table(records: list, pair: str = "streets", tables=("1", "2", "refere
             lines.append((row.title, *values, own, f"{found[best]['miou'] - found[0]['miou']:+.1f}"))
     return Table(("method", "lower", "as it is", "higher", "best on val", "on test"), lines, frozenset(bold))
 
-# %% ../nbs/25_results.ipynb #b7193080
+# %% ../nbs/25_results.ipynb #49f55c50
 def weight_curves(records: list, weight: str,  # "lambda_ent" or "lambda_image"
                   methods, pair: str = "streets") -> dict:  # {title: {factor: {(data_seed, seed): mIoU}}}
     "Scores over multiples of one weight, for `parameter_figure`."
@@ -93,13 +93,13 @@ def weight_curves(records: list, weight: str,  # "lambda_ent" or "lambda_image"
         return row_scores(records, [row], PAIRS[pair])[row.name]
     return {method_title(m): {f: at(m, f) for f in FACTORS} for m in methods}
 
-# %% ../nbs/25_results.ipynb #c3545c62
+# %% ../nbs/25_results.ipynb #956bbee0
 def diagnoses(records: list, pair: str = "streets") -> list:  # of (data_seed, seed, diagnosis)
     "What was seen inside CR-AL."
     found = row_records(records, Row("cr_al"), PAIRS[pair])
     return [(r["data_seed"], r["seed"], r["diagnosis"]) for r in found if "diagnosis" in r]
 
-# %% ../nbs/25_results.ipynb #b7c193fa
+# %% ../nbs/25_results.ipynb #a2787fe6
 def agreement_table(found: list,  # from `diagnoses`
                       measures=("regions", "within", "between", "auc", "beyond_entropy")) -> Table:
     "How far each map agrees with the error of the network: means over seeds."

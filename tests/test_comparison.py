@@ -158,7 +158,8 @@ def test_exact_p_value_counts_orders():
 
 
 def test_tau_seed_by_seed():
-    scores = {"source_only": runs(1., 3.), "rll": runs(2., 2.), "rl_al": {}, "cr_al": runs(3., 1., 9.), "fda": runs(0., 0.)}
+    scores = {"source_only": runs(2., 1., 3., 2.), "rll": runs(1., 2., 2., 1.), "rl_al": {}, "cr_al": runs(3., 3., 1., 3., 9.),
+              "fda": runs(0., 0.)}
     assert rank_agreement_interval(PAPER, scores) == pytest.approx((-1., 1.))
     mean_only = rank_agreement(PAPER, {row: summary(v.values()).mean for row, v in scores.items() if v})
     assert -1 < mean_only.tau < 1
@@ -294,6 +295,8 @@ def test_parameter_figure():
     ax, side = figure.axes
     assert side.get_title() == "paper (Cityscapes)" and "0.03" in ax.get_xlabel()
     assert np.ptp(ax.get_ylim()) == pytest.approx(np.ptp(side.get_ylim()))
+    for panel, values in ((ax, (30., 42.)), (side, (40.1, 46.))):
+        assert panel.get_ylim()[0] < min(values) and max(values) < panel.get_ylim()[1]
     lines = {line.get_label(): line for line in ax.lines}
     assert list(lines["plain"].get_xdata()) == [.2, 1.] and list(lines["plain"].get_ydata()) == [30., 41.]
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["plain", "regularized", "later (not run)"]
