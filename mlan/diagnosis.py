@@ -5,13 +5,12 @@
 # %% auto #0
 __all__ = ['region_index', 'region_mean', 'prediction_measures', 'rank_agreement', 'error_curve', 'Examination', 'examine',
            'region_measures', 'map_report', 'map_figure', 'label_quality', 'pseudo_label_rows', 'pseudo_label_figure',
-           'critic_curve', 'critic_figure', 'diagnose', 'diagnosis_pictures', 'add_photographs', 'figure_4',
+           'critic_curve', 'critic_figure', 'diagnose', 'without_photographs', 'add_photographs', 'figure_4',
            'relation_shares', 'relation_figure']
 
-# %% ../nbs/21_diagnosis.ipynb #50fe74ce
+# %% ../nbs/21_diagnosis.ipynb #b054afa6
 import math
 from collections.abc import Sequence
-from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,16 +24,15 @@ from torch import Tensor
 from .co_regularized_al import map_weight, resize_map
 from .consistency_map import ConsistencyMaps, dataset_maps, normalise_maps
 from .evaluation import confusion_matrix
-from .networks import Segmenter, resize
+from .networks import resize
 from .region_labels import class_histogram, region_grid, relation_name
 from .report import colorize, method_title
 from .samples import Samples
 from .self_training import label_target
 from .stages import Run, in_order
 from .streets import CITYSCAPES_COLORS, IGNORE
-from .train import picture_rows
 
-# %% ../nbs/21_diagnosis.ipynb #f5f1c581
+# %% ../nbs/21_diagnosis.ipynb #8ce1bcd3
 def region_index(size: tuple,  # (H, W) in pixels
                  grid: tuple,  # (I, J)
                  ) -> Tensor:  # int64 (H, W), 0 .. I J - 1
@@ -54,7 +52,7 @@ def region_mean(values: Tensor,  # (B, H, W)
     total = torch.bincount(cell[kept], values[kept].double(), n)
     return (total / torch.bincount(cell[kept], minlength=n)).view(len(values), *grid)
 
-# %% ../nbs/21_diagnosis.ipynb #b94b4ef4
+# %% ../nbs/21_diagnosis.ipynb #f670652b
 def prediction_measures(logits: Tensor,  # (B, C, h, w), before softmax
                         labels: Tensor,  # (B, H, W), 255 = ignored
                         grid: tuple,  # (I, J)
@@ -66,7 +64,7 @@ def prediction_measures(logits: Tensor,  # (B, C, h, w), before softmax
     wrong, labelled = predicted.cpu() != labels, labels != IGNORE
     return {"error": region_mean(wrong, grid, labelled), "entropy": region_mean(doubt, grid), "1 - max p": region_mean(1 - best, grid)}
 
-# %% ../nbs/21_diagnosis.ipynb #c64ec2b3
+# %% ../nbs/21_diagnosis.ipynb #465f9630
 def _spearman(a, b) -> float | None:
     "Rank correlation, or None where one side is constant or hardly there."
     if len(a) < 3 or np.ptp(a) == 0 or np.ptp(b) == 0:
@@ -81,7 +79,7 @@ def _partial(a, b, given) -> float | None:
         return None
     return (ab - ag * bg) / math.sqrt((1 - ag ** 2) * (1 - bg ** 2))
 
-# %% ../nbs/21_diagnosis.ipynb #b60b9b20
+# %% ../nbs/21_diagnosis.ipynb #cff7b73b
 def rank_agreement(values: np.ndarray,  # (n, I, J) a map, any scale
                    error: np.ndarray,  # (n, I, J), NaN = nothing labelled there
                    doubt: np.ndarray,  # (n, I, J) the prediction's entropy
@@ -97,7 +95,7 @@ def rank_agreement(values: np.ndarray,  # (n, I, J) a map, any scale
             "auc": float(roc_auc_score(bad, m)) if 0 < bad.sum() < len(bad) else None,
             "beyond_entropy": _partial(m, e, doubt[known])}
 
-# %% ../nbs/21_diagnosis.ipynb #69d70b96
+# %% ../nbs/21_diagnosis.ipynb #1b72a12e
 def error_curve(values: np.ndarray,  # (M,) a map's regions
                 error: np.ndarray,  # (M,) their errors
                 n_bins: int = 10) -> list:  # mean error a bin, lowest values of the map first
@@ -106,7 +104,7 @@ def error_curve(values: np.ndarray,  # (M,) a map's regions
     shared = np.bincount(ties, error) / counts
     return [float(part.mean()) for part in np.array_split(shared[np.sort(ties)], n_bins) if len(part)]
 
-# %% ../nbs/21_diagnosis.ipynb #d05a2a8a
+# %% ../nbs/21_diagnosis.ipynb #f99586bb
 @dataclass(frozen=True)
 class Examination:
     "What an aligned network says of the target's test split, and the truth."
@@ -123,7 +121,7 @@ class Examination:
         "Logits at image size, batch by batch."
         return (resize(part.to(self.device), self.labels.shape[1:]) for part in self.logits)
 
-# %% ../nbs/21_diagnosis.ipynb #bc587fb3
+# %% ../nbs/21_diagnosis.ipynb #a4ebf6b4
 def _require_examinable(run: Run):
     if run.aligned is None:
         raise ValueError(f"{run.s.method!r} has left no C_region and C_image to look into; walk a run of 'cr_al' first")
@@ -144,7 +142,7 @@ def examine(run: Run) -> Examination:
     maps = dataset_maps(net.extractor, alignment, in_order(samples, run.device, batch), grids)
     return Examination(logits, labels, maps, run.device)
 
-# %% ../nbs/21_diagnosis.ipynb #689b5420
+# %% ../nbs/21_diagnosis.ipynb #c1531c50
 def region_measures(seen: Examination) -> dict:  # {"error", "M_region", "M_image", "M_multi", "entropy", "1 - max p"}: arrays (n, I, J)
     "The error of every test region, and what might foretell it."
     grid = seen.maps.region.shape[1:]
@@ -165,7 +163,7 @@ def map_report(measures: dict) -> dict:  # "images", "regions", "error", "agreem
             "agreement": {k: rank_agreement(v, error, measures["entropy"]) for k, v in maps.items()},
             "curves": {k: error_curve(v[known], error[known]) for k, v in maps.items()}}
 
-# %% ../nbs/21_diagnosis.ipynb #4a62e633
+# %% ../nbs/21_diagnosis.ipynb #2c536b2d
 _INK = {"M_region": "#0072b2", "M_image": "#009e73", "M_multi": "#d55e00", "entropy": "#6b7280", "1 - max p": "#a3a9b3",
         "ST": "#0072b2", "RST": "#d55e00", "RST, map shuffled": "#9aa1ab"}
 
@@ -173,6 +171,7 @@ _INK = {"M_region": "#0072b2", "M_image": "#009e73", "M_multi": "#d55e00", "entr
 def _bare(ax, **labels):
     ax.set(**labels)
     ax.grid(alpha=.25)
+    ax.set_axisbelow(True)
     ax.spines[["top", "right"]].set_visible(False)
 
 
@@ -194,7 +193,7 @@ def map_figure(diagnosis: dict,  # from `diagnose`
     ax.legend(title="rank correlation", frameon=False, fontsize=9)
     return fig
 
-# %% ../nbs/21_diagnosis.ipynb #611823dd
+# %% ../nbs/21_diagnosis.ipynb #71ad2324
 def label_quality(labels: Tensor,  # uint8 (n, H, W) pseudo labels, 255 = none
                   truth: Tensor,  # uint8 (n, H, W), 255 = ignored
                   n_classes: int,  # C
@@ -210,7 +209,7 @@ def label_quality(labels: Tensor,  # uint8 (n, H, W) pseudo labels, 255 = none
             "class_accuracy": (matrix.diagonal() / matrix.sum(0)).tolist(),
             "class_coverage": (matrix.sum(1) / true).tolist(), "class_share": share.tolist()}
 
-# %% ../nbs/21_diagnosis.ipynb #fdc57ddb
+# %% ../nbs/21_diagnosis.ipynb #942ee17b
 def _mean_gap(labels, multi) -> float:
     "Mean of M_multi over the pixels that have a label."
     total = sum((resize_map(m[None], given.shape)[0])[given != IGNORE].double().sum() for given, m in zip(labels, multi))
@@ -232,7 +231,7 @@ def pseudo_label_rows(seen: Examination,
             rows.append({"portion": portion, "kind": kind, "gap": _mean_gap(labels, seen.multi), **quality})
     return rows
 
-# %% ../nbs/21_diagnosis.ipynb #ac8b725f
+# %% ../nbs/21_diagnosis.ipynb #9bb8a892
 def _by_class(ax, rows, field, names):
     "A dot a class and kind, joined by a line."
     kinds = [r for r in rows if r["kind"] in ("ST", "RST")]
@@ -266,7 +265,7 @@ def pseudo_label_figure(diagnosis: dict,  # from `diagnose`
     axes[2].legend(frameon=False, fontsize=9)
     return fig
 
-# %% ../nbs/21_diagnosis.ipynb #fa83b250
+# %% ../nbs/21_diagnosis.ipynb #646310fa
 def _thinned(rows, field, most):
     "At most so many (step, value) of the rows that have the field, evenly spaced, first and last among them."
     rows = [r for r in rows if r.get(field) is not None]
@@ -281,7 +280,7 @@ def critic_curve(rows: list,  # log rows of one alignment
     end = float(np.mean(told[-max(1, len(told) // 10):])) if told else None
     return {"critic": _thinned(rows, "health/target_log_c", most), "val": _thinned(rows, "miou_val", most), "end": end}
 
-# %% ../nbs/21_diagnosis.ipynb #6756722f
+# %% ../nbs/21_diagnosis.ipynb #efa82d6b
 def critic_figure(diagnoses: list,  # of (label, diagnosis)
                   ) -> Figure:
     "-log C on the target over the steps, and mIoU on val, a line a run."
@@ -294,12 +293,12 @@ def critic_figure(diagnoses: list,  # of (label, diagnosis)
     left.axhline(math.log(2), color="black", lw=.8, ls="--")
     left.annotate("ln 2: cannot tell", (1, math.log(2)), (0, 3), xycoords=("axes fraction", "data"), textcoords="offset points",
                   ha="right", fontsize=8)
-    _bare(left, xlabel="step", ylabel="$-\\log C(E(x_t))$")
+    _bare(left, xlabel="step", ylabel="$-\\log C(E(x_t))$", ylim=(0, None))
     _bare(right, xlabel="step", ylabel="mIoU on val, percent")
     left.legend(frameon=False, fontsize=9)
     return fig
 
-# %% ../nbs/21_diagnosis.ipynb #9c06538a
+# %% ../nbs/21_diagnosis.ipynb #7f0a75d5
 def _plain(value):
     "Floats rounded, NaN as None, through dicts and lists."
     if isinstance(value, dict):
@@ -320,32 +319,14 @@ def diagnose(run: Run,  # walked to its end
                    "pseudo_labels": {"classes": list(run.data.classes), "rows": rows},
                    "critic": critic_curve([r for r in run.logs if r["stage"] == stage])})
 
-# %% ../nbs/21_diagnosis.ipynb #118c0f66
-@dataclass(frozen=True)
-class _Chosen:
-    "Some images of a data set."
-    ds: object
-    indices: list
-
-    def __len__(self): return len(self.indices)
-    def __getattr__(self, name): return getattr(self.ds, name)
-    def image(self, i): return self.ds.image(self.indices[i])
-    def labels(self, i): return self.ds.labels(self.indices[i])
-    def name(self, i): return self.ds.name(self.indices[i])
-
-
-def diagnosis_pictures(run: Run, net: Segmenter,  # the network to show: what `walk` returned
-                       chosen: int | Sequence = 4,  # how many, evenly spaced; or the test images' indices
-                       ) -> list:  # of PictureRow without image and truth, for `save_pictures`
-    "Predictions (uint8) and maps (float16) of a few test images."
-    one = copy(run)
-    if not isinstance(chosen, int):
-        one.data = replace(run.data, test=_Chosen(run.data.test or run.data.target.ds, [int(i) for i in chosen]))
-    rows = picture_rows(one, net, chosen if isinstance(chosen, int) else len(chosen))
+# %% ../nbs/21_diagnosis.ipynb #ba0b6d91
+def without_photographs(rows: list,  # of PictureRow
+                        ) -> list:  # of PictureRow without image and truth, for `save_pictures`
+    "Predictions and maps (float16) of some images, and nothing of the data set."
     empty = np.zeros((0, 0, 3), np.uint8)
     return [replace(row, image=empty, truth=None, maps={k: m.astype(np.float16) for k, m in row.maps.items()}) for row in rows]
 
-# %% ../nbs/21_diagnosis.ipynb #44c1d0e4
+# %% ../nbs/21_diagnosis.ipynb #aa848cd8
 def add_photographs(rows: list,  # of PictureRow without image and truth
                     dataset,  # the target's test split
                     lut: np.ndarray,  # (256,) its raw id -> class
@@ -357,7 +338,7 @@ def add_photographs(rows: list,  # of PictureRow without image and truth
     return [replace(row, image=dataset.image(index[row.name]),
                     truth=lut[dataset.labels(index[row.name])] if dataset.labelled else None) for row in rows]
 
-# %% ../nbs/21_diagnosis.ipynb #b0986b7b
+# %% ../nbs/21_diagnosis.ipynb #cd30c873
 def _cell(ax, picture, title):
     "A picture, or the reason why there is none."
     ax.set(xticks=[], yticks=[])
@@ -386,7 +367,7 @@ def figure_4(rows: list,  # of PictureRow: image and truth where there are any
             _cell(ax, picture, title if r == 0 else "")
     return fig
 
-# %% ../nbs/21_diagnosis.ipynb #f714a035
+# %% ../nbs/21_diagnosis.ipynb #22f477f7
 def relation_shares(run: Run, level: int = 0,  # of region sizes, finest first
                     most: int = 200,  # source images, evenly spaced
                     ) -> list:  # of (name, share of all regions), largest first; regions without a relation are left out
@@ -408,5 +389,6 @@ def relation_figure(shares: list,  # from `relation_shares`
     ax = fig.subplots()
     ax.barh(range(len(shown)), [100 * share for _, share in shown], color="#0072b2")
     _bare(ax, xlabel="regions, percent", xscale="log", ylim=(len(shown) - .5, -.5))
+    ax.xaxis.set_major_formatter("{x:g}")
     ax.set_yticks(range(len(shown)), [name for name, _ in shown])
     return fig

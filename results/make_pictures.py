@@ -4,16 +4,15 @@ python results/make_pictures.py RUNS    RUNS holds the folders of `mlan experime
 Predictions and maps only: photographs and truths are read from the data set when they are drawn.
 """
 import sys
-from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 from make_tables import HERE, records
 
+from mlan.diagnosis import without_photographs
 from mlan.experiments import PAIRS, Row, experiment_key, row_records
 from mlan.train import load_pictures, save_pictures
 
-METHODS = ("source_only", "rl_al", "il_al", "cr_al", "mlan", "oracle")
+METHODS = ("source_only", "rl_al", "il_al", "cr_al", "mlan")
 
 
 def merged(folders: list) -> list:
@@ -23,8 +22,7 @@ def merged(folders: list) -> list:
         for row, other in zip(rows, load_pictures(folder / "pictures.npz"), strict=True):
             row.predictions.update(other.predictions)
             row.maps.update(other.maps)
-    empty = np.zeros((0, 0, 3), np.uint8)
-    return [replace(r, image=empty, truth=None, maps={k: m.astype(np.float16) for k, m in r.maps.items()}) for r in rows]
+    return without_photographs(rows)
 
 
 if __name__ == "__main__":

@@ -13,16 +13,16 @@ from sklearn.metrics import precision_score
 
 from mlan.consistency_map import ConsistencyMaps
 from mlan.datasets import Streets
-from mlan.diagnosis import (Examination, add_photographs, critic_curve, diagnose, diagnosis_pictures, error_curve, examine, figure_4,
+from mlan.diagnosis import (Examination, add_photographs, critic_curve, diagnose, error_curve, examine, figure_4,
                             label_quality, map_figure, map_report, prediction_measures, pseudo_label_figure, pseudo_label_rows,
-                            rank_agreement, region_index, region_mean, region_measures, relation_shares)
+                            rank_agreement, region_index, region_mean, region_measures, relation_shares, without_photographs)
 from mlan.pairs import open_pair
 from mlan.region_labels import class_histogram, region_grid
 from mlan.samples import Samples
 from mlan.self_training import label_target
 from mlan.settings import make_settings
 from mlan.stages import Run, in_order, walk
-from mlan.train import load_pictures, save_pictures
+from mlan.train import load_pictures, picture_rows, save_pictures
 
 FEW = dict(size=(32, 64), target_size=(32, 64), n_source=40, n_target=16, n_val=4, n_test=12, min_samples=3, warmup_steps=20, steps=6,
            schedule_steps=6, ramp_steps=2, critic_width=4, batch_size=3, translation_steps=3, translation_width=4, translation_batch=2,
@@ -295,7 +295,7 @@ def test_the_critic_is_thinned_with_both_ends():
 
 def test_kept_pictures_hold_neither_photograph_nor_truth(cr_al, tmp_path):
     run, net = cr_al
-    save_pictures(tmp_path / "p.npz", diagnosis_pictures(run, net, [7, 2]))
+    save_pictures(tmp_path / "p.npz", without_photographs(picture_rows(run, net, 2)))
     with np.load(tmp_path / "p.npz") as f:
         assert sum(f[k].size for k in f.files if "image" in k.lower().split("/")) == 0
         assert not any("truth" in k for k in f.files)
@@ -303,22 +303,15 @@ def test_kept_pictures_hold_neither_photograph_nor_truth(cr_al, tmp_path):
         assert {f[k].dtype for k in f.files if "/prediction/" in k} == {np.dtype(np.uint8)}
     rows = load_pictures(tmp_path / "p.npz")
     whole = add_photographs(rows, run.data.test, run.data.lut)
-    for row, i in zip(whole, (7, 2)):
+    for row, i in zip(whole, (0, 11)):
         np.testing.assert_array_equal(row.image, run.data.test.image(i))
         np.testing.assert_array_equal(row.truth, run.data.lut[run.data.test.labels(i)])
     assert run.data.test.n == 12                                 # the run's own split is untouched
 
 
-def test_evenly_spaced_pictures_and_a_method_without_maps(stages):
-    run, net = walked("source_only", stages)
-    rows = diagnosis_pictures(run, net, 3)
-    assert [r.name for r in rows] == [run.data.test.name(i) for i in (0, 5, 11)]
-    assert all(r.maps == {} and set(r.predictions) == {"source_only"} for r in rows)
-
-
 def test_figure_4_with_and_without_the_data_set(cr_al):
     run, net = cr_al
-    rows = diagnosis_pictures(run, net, [1, 4])
+    rows = without_photographs(picture_rows(run, net, 2))
     without, whole = (figure_4(r, {"cr_al": rows}) for r in (rows, add_photographs(rows, run.data.test, run.data.lut)))
     told = [[t.get_text() for ax in f.axes for t in ax.texts] for f in (without, whole)]
     assert told == [["needs the data set"] * 4, []]
