@@ -8,7 +8,7 @@ __all__ = ['region_index', 'region_mean', 'prediction_measures', 'rank_agreement
            'critic_curve', 'critic_figure', 'diagnose', 'without_photographs', 'add_photographs', 'figure_4',
            'relation_shares', 'relation_figure']
 
-# %% ../nbs/21_diagnosis.ipynb #b054afa6
+# %% ../nbs/21_diagnosis.ipynb #469b1e71
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -32,7 +32,7 @@ from .self_training import label_target
 from .stages import Run, in_order
 from .streets import CITYSCAPES_COLORS, IGNORE
 
-# %% ../nbs/21_diagnosis.ipynb #8ce1bcd3
+# %% ../nbs/21_diagnosis.ipynb #e86f98b0
 def region_index(size: tuple,  # (H, W) in pixels
                  grid: tuple,  # (I, J)
                  ) -> Tensor:  # int64 (H, W), 0 .. I J - 1
@@ -52,7 +52,7 @@ def region_mean(values: Tensor,  # (B, H, W)
     total = torch.bincount(cell[kept], values[kept].double(), n)
     return (total / torch.bincount(cell[kept], minlength=n)).view(len(values), *grid)
 
-# %% ../nbs/21_diagnosis.ipynb #f670652b
+# %% ../nbs/21_diagnosis.ipynb #f639a2f5
 def prediction_measures(logits: Tensor,  # (B, C, h, w), before softmax
                         labels: Tensor,  # (B, H, W), 255 = ignored
                         grid: tuple,  # (I, J)
@@ -64,7 +64,7 @@ def prediction_measures(logits: Tensor,  # (B, C, h, w), before softmax
     wrong, labelled = predicted.cpu() != labels, labels != IGNORE
     return {"error": region_mean(wrong, grid, labelled), "entropy": region_mean(doubt, grid), "1 - max p": region_mean(1 - best, grid)}
 
-# %% ../nbs/21_diagnosis.ipynb #465f9630
+# %% ../nbs/21_diagnosis.ipynb #255da580
 def _spearman(a, b) -> float | None:
     "Rank correlation, or None where one side is constant or hardly there."
     if len(a) < 3 or np.ptp(a) == 0 or np.ptp(b) == 0:
@@ -79,7 +79,7 @@ def _partial(a, b, given) -> float | None:
         return None
     return (ab - ag * bg) / math.sqrt((1 - ag ** 2) * (1 - bg ** 2))
 
-# %% ../nbs/21_diagnosis.ipynb #cff7b73b
+# %% ../nbs/21_diagnosis.ipynb #7b43f6ea
 def rank_agreement(values: np.ndarray,  # (n, I, J) a map, any scale
                    error: np.ndarray,  # (n, I, J), NaN = nothing labelled there
                    doubt: np.ndarray,  # (n, I, J) the prediction's entropy
@@ -95,7 +95,7 @@ def rank_agreement(values: np.ndarray,  # (n, I, J) a map, any scale
             "auc": float(roc_auc_score(bad, m)) if 0 < bad.sum() < len(bad) else None,
             "beyond_entropy": _partial(m, e, doubt[known])}
 
-# %% ../nbs/21_diagnosis.ipynb #1b72a12e
+# %% ../nbs/21_diagnosis.ipynb #5a2b664f
 def error_curve(values: np.ndarray,  # (M,) a map's regions
                 error: np.ndarray,  # (M,) their errors
                 n_bins: int = 10) -> list:  # mean error a bin, lowest values of the map first
@@ -104,7 +104,7 @@ def error_curve(values: np.ndarray,  # (M,) a map's regions
     shared = np.bincount(ties, error) / counts
     return [float(part.mean()) for part in np.array_split(shared[np.sort(ties)], n_bins) if len(part)]
 
-# %% ../nbs/21_diagnosis.ipynb #f99586bb
+# %% ../nbs/21_diagnosis.ipynb #79e7b49c
 @dataclass(frozen=True)
 class Examination:
     "What an aligned network says of the target's test split, and the truth."
@@ -121,7 +121,7 @@ class Examination:
         "Logits at image size, batch by batch."
         return (resize(part.to(self.device), self.labels.shape[1:]) for part in self.logits)
 
-# %% ../nbs/21_diagnosis.ipynb #a4ebf6b4
+# %% ../nbs/21_diagnosis.ipynb #4144f7ce
 def _require_examinable(run: Run):
     if run.aligned is None:
         raise ValueError(f"{run.s.method!r} has left no C_region and C_image to look into; walk a run of 'cr_al' first")
@@ -142,7 +142,7 @@ def examine(run: Run) -> Examination:
     maps = dataset_maps(net.extractor, alignment, in_order(samples, run.device, batch), grids)
     return Examination(logits, labels, maps, run.device)
 
-# %% ../nbs/21_diagnosis.ipynb #c1531c50
+# %% ../nbs/21_diagnosis.ipynb #8f2800f0
 def region_measures(seen: Examination) -> dict:  # {"error", "M_region", "M_image", "M_multi", "entropy", "1 - max p"}: arrays (n, I, J)
     "The error of every test region, and what might foretell it."
     grid = seen.maps.region.shape[1:]
@@ -163,7 +163,7 @@ def map_report(measures: dict) -> dict:  # "images", "regions", "error", "agreem
             "agreement": {k: rank_agreement(v, error, measures["entropy"]) for k, v in maps.items()},
             "curves": {k: error_curve(v[known], error[known]) for k, v in maps.items()}}
 
-# %% ../nbs/21_diagnosis.ipynb #2c536b2d
+# %% ../nbs/21_diagnosis.ipynb #18028697
 _INK = {"M_region": "#0072b2", "M_image": "#009e73", "M_multi": "#d55e00", "entropy": "#6b7280", "1 - max p": "#a3a9b3",
         "ST": "#0072b2", "RST": "#d55e00", "RST, map shuffled": "#9aa1ab"}
 
@@ -193,7 +193,7 @@ def map_figure(diagnosis: dict,  # from `diagnose`
     ax.legend(title="rank correlation", frameon=False, fontsize=9)
     return fig
 
-# %% ../nbs/21_diagnosis.ipynb #71ad2324
+# %% ../nbs/21_diagnosis.ipynb #4f663007
 def label_quality(labels: Tensor,  # uint8 (n, H, W) pseudo labels, 255 = none
                   truth: Tensor,  # uint8 (n, H, W), 255 = ignored
                   n_classes: int,  # C
@@ -209,7 +209,7 @@ def label_quality(labels: Tensor,  # uint8 (n, H, W) pseudo labels, 255 = none
             "class_accuracy": (matrix.diagonal() / matrix.sum(0)).tolist(),
             "class_coverage": (matrix.sum(1) / true).tolist(), "class_share": share.tolist()}
 
-# %% ../nbs/21_diagnosis.ipynb #942ee17b
+# %% ../nbs/21_diagnosis.ipynb #3e6c3906
 def _mean_gap(labels, multi) -> float:
     "Mean of M_multi over the pixels that have a label."
     total = sum((resize_map(m[None], given.shape)[0])[given != IGNORE].double().sum() for given, m in zip(labels, multi))
@@ -231,7 +231,7 @@ def pseudo_label_rows(seen: Examination,
             rows.append({"portion": portion, "kind": kind, "gap": _mean_gap(labels, seen.multi), **quality})
     return rows
 
-# %% ../nbs/21_diagnosis.ipynb #9bb8a892
+# %% ../nbs/21_diagnosis.ipynb #704e2c7b
 def _by_class(ax, rows, field, names):
     "A dot a class and kind, joined by a line."
     kinds = [r for r in rows if r["kind"] in ("ST", "RST")]
@@ -265,7 +265,7 @@ def pseudo_label_figure(diagnosis: dict,  # from `diagnose`
     axes[2].legend(frameon=False, fontsize=9)
     return fig
 
-# %% ../nbs/21_diagnosis.ipynb #646310fa
+# %% ../nbs/21_diagnosis.ipynb #032883b1
 def _thinned(rows, field, most):
     "At most so many (step, value) of the rows that have the field, evenly spaced, first and last among them."
     rows = [r for r in rows if r.get(field) is not None]
@@ -280,7 +280,7 @@ def critic_curve(rows: list,  # log rows of one alignment
     end = float(np.mean(told[-max(1, len(told) // 10):])) if told else None
     return {"critic": _thinned(rows, "health/target_log_c", most), "val": _thinned(rows, "miou_val", most), "end": end}
 
-# %% ../nbs/21_diagnosis.ipynb #efa82d6b
+# %% ../nbs/21_diagnosis.ipynb #eec86bb6
 def critic_figure(diagnoses: list,  # of (label, diagnosis)
                   ) -> Figure:
     "-log C on the target over the steps, and mIoU on val, a line a run."
@@ -298,7 +298,7 @@ def critic_figure(diagnoses: list,  # of (label, diagnosis)
     left.legend(frameon=False, fontsize=9)
     return fig
 
-# %% ../nbs/21_diagnosis.ipynb #7f0a75d5
+# %% ../nbs/21_diagnosis.ipynb #6829c38e
 def _plain(value):
     "Floats rounded, NaN as None, through dicts and lists."
     if isinstance(value, dict):
@@ -319,14 +319,14 @@ def diagnose(run: Run,  # walked to its end
                    "pseudo_labels": {"classes": list(run.data.classes), "rows": rows},
                    "critic": critic_curve([r for r in run.logs if r["stage"] == stage])})
 
-# %% ../nbs/21_diagnosis.ipynb #ba0b6d91
+# %% ../nbs/21_diagnosis.ipynb #e7b2b7c5
 def without_photographs(rows: list,  # of PictureRow
                         ) -> list:  # of PictureRow without image and truth, for `save_pictures`
     "Predictions and maps (float16) of some images, and nothing of the data set."
     empty = np.zeros((0, 0, 3), np.uint8)
     return [replace(row, image=empty, truth=None, maps={k: m.astype(np.float16) for k, m in row.maps.items()}) for row in rows]
 
-# %% ../nbs/21_diagnosis.ipynb #aa848cd8
+# %% ../nbs/21_diagnosis.ipynb #1aff0449
 def add_photographs(rows: list,  # of PictureRow without image and truth
                     dataset,  # the target's test split
                     lut: np.ndarray,  # (256,) its raw id -> class
@@ -338,7 +338,7 @@ def add_photographs(rows: list,  # of PictureRow without image and truth
     return [replace(row, image=dataset.image(index[row.name]),
                     truth=lut[dataset.labels(index[row.name])] if dataset.labelled else None) for row in rows]
 
-# %% ../nbs/21_diagnosis.ipynb #cd30c873
+# %% ../nbs/21_diagnosis.ipynb #b8d5be57
 def _cell(ax, picture, title):
     "A picture, or the reason why there is none."
     ax.set(xticks=[], yticks=[])
@@ -367,7 +367,7 @@ def figure_4(rows: list,  # of PictureRow: image and truth where there are any
             _cell(ax, picture, title if r == 0 else "")
     return fig
 
-# %% ../nbs/21_diagnosis.ipynb #22f477f7
+# %% ../nbs/21_diagnosis.ipynb #6ff37f75
 def relation_shares(run: Run, level: int = 0,  # of region sizes, finest first
                     most: int = 200,  # source images, evenly spaced
                     ) -> list:  # of (name, share of all regions), largest first; regions without a relation are left out

@@ -7,7 +7,7 @@ __all__ = ['BENCHMARK', 'PAIRS', 'ADVERSARIAL', 'FACTORS', 'TABLES', 'CONTROL_ST
            'experiment_key', 'row_records', 'row_scores', 'chosen_trial', 'read_records', 'append_record', 'planned',
            'expected_seconds', 'measure', 'run_missing', 'missing']
 
-# %% ../nbs/22_experiments.ipynb #5b777c87
+# %% ../nbs/22_experiments.ipynb #71cebf03
 import json
 import sys
 import time
@@ -28,10 +28,10 @@ from .settings import RUNTIME_SETTINGS, Settings, make_settings
 from .stages import Run, walk
 from .train import run_mlan
 
-# %% ../nbs/22_experiments.ipynb #1638c9a9
+# %% ../nbs/22_experiments.ipynb #9f2e5b06
 BENCHMARK = 1  # version of the built-in data and its splits
 
-# %% ../nbs/22_experiments.ipynb #36b30b38
+# %% ../nbs/22_experiments.ipynb #7ab8181b
 @dataclass(frozen=True)
 class Pair:
     "A source and a target, and the settings that they need."
@@ -46,7 +46,7 @@ PAIRS = {"streets": Pair("streets:engine", "streets:camera"),
          "streets_camvid": Pair("streets:engine", "camvid", _CAMVID),
          "airsim_camvid": Pair("airsim_nh", "camvid", _CAMVID)}
 
-# %% ../nbs/22_experiments.ipynb #d4bbbef9
+# %% ../nbs/22_experiments.ipynb #c81d2c83
 @dataclass(frozen=True)
 class Row:
     "A row of a table, or a point of a figure."
@@ -73,7 +73,7 @@ def row_settings(row: Row, pair: Pair, profile: str = "quick",
     scaled = {k: getattr(usual, k) * factor for k, factor in row.times}
     return make_settings(pair.source, pair.target, row.method, profile, **{**given, **scaled})
 
-# %% ../nbs/22_experiments.ipynb #a514275c
+# %% ../nbs/22_experiments.ipynb #f68b60ee
 ADVERSARIAL = {"rl_al": "lambda_ent", "regularized_rl_al": "lambda_ent", "il_al": "lambda_image", "regularized_il_al": "lambda_image"}
 FACTORS = (0.2, 0.6, 1, 1.4, 1.8)  # of Figures 5 and 6
 
@@ -91,14 +91,18 @@ TABLES = {
     "controls": (*map(Row, ("rl_al_and_il_al", "il_al_and_rll", "cr_al+continued", "cr_al+fda")),
                  *(Row("cr_al", set=(("map_weights", w),)) for w in MAP_WEIGHTS)),
     "figure5": _figure("lambda_ent"),
-    "figure6": _figure("lambda_image")}
+    "figure6": _figure("lambda_image"),
+    "conditions": (  # readings R2, R4, R7, R9 one at a time
+        Row("cr_al", set=(("descriptor", "hog"),)), Row("rl_al_and_il_al", set=(("descriptor", "hog"),)),
+        Row("cr_al", set=(("reading", "literal"),)), Row("cr_al", set=(("pooling", "adaptive"),)),
+        Row("cr_al", set=(("map_weights", "raw"),), times=(("lambda_ent", 1 / 3), ("lambda_image", 10))))}
 
-# %% ../nbs/22_experiments.ipynb #38c76df8
+# %% ../nbs/22_experiments.ipynb #64b2dc1d
 CONTROL_STEPS = (  # (row, the control that it has to beat)
     ("cr_al", "adabn"), ("cr_al", "fda"), ("cr_al", "rl_al_and_il_al"), ("cr_al", "cr_al map_weights=shuffled"),
     ("regularized_il_al", "il_al_and_rll"), ("cr_al+st", "cr_al+continued"), ("cr_al+rst", "cr_al+continued"), ("cr_al+rit", "cr_al+fda"))
 
-# %% ../nbs/22_experiments.ipynb #720a8271
+# %% ../nbs/22_experiments.ipynb #5ead66ad
 _OWN = {"source_only": "lr", "adabn": "lr", "oracle": "lr", "rll": "lambda_region", "fda": "fourier_beta",
         **ADVERSARIAL, "il_al_and_rll": "lambda_image", "cr_al": "lambda_ent lambda_image",
         "rl_al_and_il_al": "lambda_ent lambda_image", "cr_al+it": "translated_share", "cr_al+rit": "translated_share",
@@ -116,7 +120,7 @@ def trials(row: Row) -> tuple:  # of Row, the row itself first
 
 TABLES["search"] = tuple(trial for table in ("1", "references", "2", "controls") for row in TABLES[table] for trial in trials(row))
 
-# %% ../nbs/22_experiments.ipynb #fb4f9e36
+# %% ../nbs/22_experiments.ipynb #967353ad
 _SEEDS = ("seed", "data_seed")
 
 
@@ -148,7 +152,7 @@ def chosen_trial(records: list, row: Row, pair: Pair, profile: str = "quick") ->
         return found[0] if found and found[0] is not None else -1.0
     return max(trials(row), key=val)
 
-# %% ../nbs/22_experiments.ipynb #3c88bcd7
+# %% ../nbs/22_experiments.ipynb #c0e3d596
 def read_records(path: str | Path) -> list:  # of dict; [] where there is no file
     "The records of a file; ValueError names a line that is none."
     lines = Path(path).read_text(encoding="utf-8").splitlines() if Path(path).exists() else []
@@ -168,7 +172,7 @@ def append_record(record: dict, path: str | Path, lock: str | Path):
         text = old + "\n" * (old[-1:] not in ("", "\n")) + json.dumps(record) + "\n"
         write_whole(Path(path), lambda part: part.write_text(text, encoding="utf-8"))
 
-# %% ../nbs/22_experiments.ipynb #90660ad6
+# %% ../nbs/22_experiments.ipynb #d5f8ee49
 def planned(tables,  # keys of TABLES
             pairs=("streets",),  # keys of PAIRS
             profile: str = "quick", seeds=(0,), data_seeds=(0,),
@@ -185,7 +189,7 @@ def planned(tables,  # keys of TABLES
         found.setdefault(experiment_key(settings), settings)
     return [*found.values()]
 
-# %% ../nbs/22_experiments.ipynb #06b440a0
+# %% ../nbs/22_experiments.ipynb #9d8a66d1
 def expected_seconds(settings: Settings, records: list) -> float:
     "What the longest run of this method took, at this size and profile; of any method where it was not run; 0 where nothing was."
     def alike(r, *names):
@@ -208,7 +212,7 @@ def _taken(file: Path):  # True if this runner has it
     finally:
         lock.release()
 
-# %% ../nbs/22_experiments.ipynb #df217ba2
+# %% ../nbs/22_experiments.ipynb #1736c61a
 def measure(settings: Settings, folder: Path, progress: bool = False) -> dict:  # the record
     "Run one experiment; its folder is FOLDER/runs/METHOD-KEY, its stages are shared in FOLDER/stages."
     chosen = {f.name: getattr(settings, f.name) for f in fields(Settings)}
@@ -221,7 +225,7 @@ def measure(settings: Settings, folder: Path, progress: bool = False) -> dict:  
         record = {**record, "diagnosis": diagnose(run)}
     return {"benchmark": BENCHMARK, **record}
 
-# %% ../nbs/22_experiments.ipynb #86f8f2b5
+# %% ../nbs/22_experiments.ipynb #7b15d999
 def run_missing(plan: list,  # of Settings, from `planned`
                 records: str | Path,  # the file
                 folder: str | Path,  # of runs and shared stages

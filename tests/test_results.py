@@ -1,10 +1,35 @@
-"""The README's numbers are those of the records."""
+"""What is shown is what the records say."""
+import json
+import os
 import runpy
+import subprocess
+import sys
+import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
+from mlan.comparison import Difference
+from mlan.experiments import BENCHMARK, FACTORS, PAIRS, TABLES, Row, experiment_key, read_records, row_settings, trials
+from mlan.paper_tables import PAPER_MIOU, STEPS, gain
+from mlan.results import (
+    ablation, coverage_table, order_table, outcome, outcome_table, pairs_table, repeat_differences, search_table, tally, weight_curves)
+
 ROOT = Path(__file__).parent.parent
+RECORDS = ROOT / "results" / "experiments.jsonl"
+
+
+def record(row, miou, val=0.0, pair="streets", **changes):
+    "A made-up run."
+    settings = json.loads(json.dumps(asdict(row_settings(row, PAIRS[pair], **changes))))
+    kept = {k: settings[k] for k in ("method", "source", "target", "seed", "data_seed", "profile")}
+    return {**kept, "settings": settings, "benchmark": BENCHMARK, "miou": miou, "miou_val": val, "cost": {"align": 360.0, "maps": None}}
+
+
+def as_in_the_paper(seeds=(0, 1, 2)) -> list:
+    "Runs whose means are the paper's, with noise that differs from row to row."
+    return [record(Row(m), v + 0.01 * ((3 * i + 7 * s) % 5), seed=s) for i, (m, v) in enumerate(PAPER_MIOU.items()) for s in seeds]
 
 
 @pytest.mark.parametrize("page", ["README.md", "benchmarks/README.md"])
@@ -15,7 +40,97 @@ def test_tables_are_made_from_the_records(page):
 
 
 def test_records_say_what_made_them():
-    records = runpy.run_path(str(ROOT / "results" / "make_tables.py"))["records"]()
+    records = read_records(RECORDS)
     assert records
-    for record in records:
-        assert {"settings", "seed", "commit", "versions", "device", "seconds", "peak_mib", "per_class", "matrix"} <= set(record)
+    for r in records:
+        assert {"settings", "seed", "commit", "versions", "device", "seconds", "peak_mib", "per_class", "matrix"} <= set(r)
+        assert r["benchmark"] == BENCHMARK and r["commit"] and not r["commit"].endswith("-dirty")
+
+
+def test_no_experiment_is_recorded_twice_and_all_are_of_a_table():
+    keys = [experiment_key(r["settings"]) for r in read_records(RECORDS)]
+    assert len(keys) == len(set(keys))
+    known = {experiment_key(row_settings(row, pair), seeds=False) for table in TABLES.values() for row in table for pair in PAIRS.values()}
+    assert {experiment_key(r["settings"], seeds=False) for r in read_records(RECORDS)} <= known
+
+
+def test_no_record_names_a_place_on_somebodys_machine():
+    for r in read_records(RECORDS):
+        assert not [v for v in r["settings"].values() if isinstance(v, str) and v.startswith("/")]
+
+
+def test_the_papers_own_numbers_are_reproduced_in_every_step():
+    table = outcome_table(as_in_the_paper())
+    assert tally(table)["streets"] == {"reproduced": len(STEPS), "contradicted": 0, "open": 0, "not run": 0}
+    assert tally(table)["cartoon"]["not run"] == len(STEPS)
+    assert [line[1] for line in table.rows] == [f"{gain(*two):+.1f}" for two in STEPS]
+
+
+def test_one_seed_leaves_every_step_open():
+    assert tally(outcome_table(as_in_the_paper((0,))))["streets"]["open"] == len(STEPS)
+
+
+@pytest.mark.parametrize("low, high, word", [(0.1, 2, "reproduced"), (-2, -0.1, "contradicted"), (-1, 3, "open")])
+def test_outcome_words(low, high, word):
+    ours = Difference((low + high) / 2, low, high, n=3, sd=1.0)
+    assert outcome(1.0, ours).startswith(word)
+    assert outcome(-1.0, ours).startswith({"reproduced": "contradicted", "contradicted": "reproduced"}.get(word, word))
+
+
+def test_order_agrees_with_itself_and_not_with_its_reverse():
+    same = order_table(as_in_the_paper())
+    assert [(line[0], line[1], line[3], line[5]) for line in same.rows] == [("streets", t, "+1.00", "none") for t in ("1", "2")]
+    back = [record(Row(m), 100 - v) for m, v in PAPER_MIOU.items()]
+    assert [line[3] for line in order_table(back).rows] == ["-1.00", "-1.00"]
+
+
+def test_rows_stand_in_the_papers_order_and_controls_after_them():
+    table = ablation(as_in_the_paper(), "streets", ("1", "2", "references", "controls"), STEPS).methods
+    assert [line[1] for line in table.rows[:len(PAPER_MIOU)]] == [f"{v:.1f}" for v in PAPER_MIOU.values()]
+    assert all(line[1] == "" for line in table.rows[len(PAPER_MIOU):])
+    assert len({line[0] for line in table.rows}) == len(table.rows) and "CR-AL, map weights normalised" not in {line[0] for line in table.rows}
+
+
+def test_the_best_of_a_pair_is_bold_and_the_oracle_apart():
+    runs = [record(Row("cr_al"), 41.0), record(Row("mlan"), 40.0), record(Row("oracle"), 60.0), record(Row("fda"), 9.0, pair="cartoon")]
+    table = pairs_table(runs)
+    bold = {(table.rows[i][0], table.heads[j]) for i, j in table.bold}
+    assert bold == {("CR-AL", "streets"), ("FDA", "cartoon")}
+
+
+def test_the_search_judges_on_val_and_tells_what_it_does_on_test():
+    lower, higher = trials(Row("il_al"))[1:]
+    runs = [record(Row("il_al"), 40.0, 39.0), record(lower, 38.5, 39.5), record(higher, 45.0, 20.0), record(Row("rl_al"), 1.0, 1.0)]
+    table = search_table(runs)
+    assert table.rows == [("IL-AL", "39.5", "39.0", "20.0", "lambda_image x 0.33", "-1.5")] and table.bold == {(0, 1)}
+
+
+def test_curves_hold_the_tables_own_run_at_one():
+    runs = [record(Row("rl_al"), 38.0), record(Row("rl_al", times=(("lambda_ent", 0.2),)), 37.0),
+            record(Row("rl_al", times=(("lambda_image", 0.2),)), 1.0)]
+    curve = weight_curves(runs, "lambda_ent", ["rl_al"])["RL-AL"]
+    assert set(curve) == set(FACTORS) and curve[1] == {(0, 0): 38.0} and curve[0.2] == {(0, 0): 37.0} and curve[1.8] == {}
+
+
+def test_repeats_are_paired_by_experiment_and_seed():
+    now = [record(Row("cr_al"), 41.0), record(Row("cr_al"), 42.0, seed=1), record(Row("cr_al", set=(("map_weights", "raw"),)), 13.0)]
+    before = [record(Row("cr_al"), 40.5), record(Row("cr_al"), 43.0, seed=1), record(Row("il_al"), 1.0)]
+    assert repeat_differences(now, before) == {("cr_al", 0): 0.5, ("cr_al", 1): -1.0}
+
+
+def test_coverage_counts_rows_seeds_and_hours():
+    told = {line[:2]: line[2:] for line in coverage_table(as_in_the_paper()).rows}
+    assert told["streets", "1"] == ("7 of 7", "3", "21", "2.1") and ("cartoon", "1") not in told
+
+
+def test_the_final_notebook_runs_a_row_again_within_a_minute_or_so(tmp_path):
+    "Its last cells in a process of their own, with MLAN_RERUN unset."
+    cells = json.loads((ROOT / "nbs" / "25_results.ipynb").read_text())["cells"]
+    code = ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
+    needed = [c for c in code if c.startswith(("#| hide\nimport os", "#| export\nfrom statistics", "wanted,"))]
+    assert len(needed) == 3
+    began = time.time()
+    done = subprocess.run([sys.executable, "-c", "\n".join(needed)], cwd=ROOT / "nbs", capture_output=True, text=True, timeout=300,
+                          env={k: v for k, v in os.environ.items() if k != "MLAN_RERUN"})
+    assert done.returncode == 0 and "was run again" in done.stdout, done.stderr
+    assert time.time() - began < 300
