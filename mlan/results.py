@@ -6,7 +6,7 @@
 __all__ = ['coverage_table', 'outcome', 'outcome_table', 'tally', 'repeat_differences', 'ablation', 'order_table', 'pairs_table',
            'search_table', 'weight_curves', 'diagnoses', 'agreement_table']
 
-# %% ../nbs/25_results.ipynb #08a2a23a
+# %% ../nbs/25_results.ipynb #4d9f4269
 from statistics import mean
 
 from .comparison import (AblationTables, Difference, Table, ablation_table, paired_difference, rank_agreement,
@@ -15,7 +15,7 @@ from .experiments import FACTORS, PAIRS, TABLES, Row, chosen_trial, experiment_k
 from .paper_tables import PAPER_MIOU, STEPS, gain
 from .report import method_title
 
-# %% ../nbs/25_results.ipynb #1216fe8c
+# %% ../nbs/25_results.ipynb #290f1c33
 def _in_order(tables) -> list:
     "Rows of tables: the paper's in its order, then the others; of two with the same settings the first."
     rows = sorted((row for table in tables for row in TABLES[table]), key=lambda row: [*PAPER_MIOU, row.name].index(row.name))
@@ -38,7 +38,7 @@ def coverage_table(records: list) -> Table:
                 lines.append((pair, table, f"{sum(map(bool, found))} of {len(rows)}", str(len(seeds)), str(len(runs)), f"{hours:.1f}"))
     return Table(("pair", "table", "rows run", "seeds", "runs", "hours"), lines)
 
-# %% ../nbs/25_results.ipynb #b32b118d
+# %% ../nbs/25_results.ipynb #64c18be2
 def outcome(claim: float,  # the paper's difference, points
             ours: Difference | None,  # from `paired_difference`
             ) -> str:
@@ -58,13 +58,13 @@ def outcome_table(records: list, steps=STEPS, pairs=tuple(PAIRS)) -> Table:
     bold = {(i, j) for i, line in enumerate(lines) for j, cell in enumerate(line) if cell.startswith(("reproduced", "contradicted"))}
     return Table(("step", "paper", *pairs), lines, frozenset(bold))
 
-# %% ../nbs/25_results.ipynb #5374cebc
+# %% ../nbs/25_results.ipynb #1086b5b7
 def tally(table: Table) -> dict:  # {pair: {word: how many}}
     "How many steps were reproduced, contradicted, left open, not run."
     words = {head: [line[j].split(" ")[0].replace("not", "not run") for line in table.rows] for j, head in enumerate(table.heads) if j > 1}
     return {pair: {w: said.count(w) for w in ("reproduced", "contradicted", "open", "not run")} for pair, said in words.items()}
 
-# %% ../nbs/25_results.ipynb #158a250a
+# %% ../nbs/25_results.ipynb #d939026b
 def repeat_differences(records: list, others: list) -> dict:  # {(method, seed): points}
     "mIoU of experiments minus that of the same experiments in another list, settings and seeds alike."
     def key(r): return r["method"], r["seed"], *(str(r["settings"][k]) for k in ("source", "target", "data_seed", "lr"))
@@ -73,7 +73,7 @@ def repeat_differences(records: list, others: list) -> dict:  # {(method, seed):
     same = [r for r in records if experiment_key(r["settings"], seeds=False) in usual and key(r) in there]
     return {(r["method"], r["seed"]): r["miou"] - there[key(r)] for r in same}
 
-# %% ../nbs/25_results.ipynb #09a92415
+# %% ../nbs/25_results.ipynb #b772c1ec
 def ablation(records: list, pair: str, tables, steps, base: str = "source_only") -> AblationTables:
     "Tables of rows and of claims on one pair: the paper's numbers, ours, and the differences."
     rows = _in_order(tables)
@@ -82,7 +82,7 @@ def ablation(records: list, pair: str, tables, steps, base: str = "source_only")
     claims = [two for two in steps if set(two) <= set(scores)]
     return ablation_table(scores, paper, base, claims, {row.name: row.title for row in rows})
 
-# %% ../nbs/25_results.ipynb #14e13604
+# %% ../nbs/25_results.ipynb #16d200bf
 def order_table(records: list, pairs=tuple(PAIRS)) -> Table:
     "Rank agreement with Tables 1 and 2 on each pair."
     lines = []
@@ -96,7 +96,7 @@ def order_table(records: list, pairs=tuple(PAIRS)) -> Table:
             lines.append((pair, table, str(found.n), f"{found.tau:+.2f}", f"{least:+.2f} to {most:+.2f}", swapped))
     return Table(("pair", "table", "rows", "tau", "seed by seed", "in the other order here"), lines)
 
-# %% ../nbs/25_results.ipynb #68186073
+# %% ../nbs/25_results.ipynb #e7518007
 def pairs_table(records: list, tables=("1", "2", "references", "controls")) -> Table:
     "Mean and deviation of every row on every pair; the best of each pair bold, the oracle apart."
     rows, told, best = _in_order(tables), {}, set()
@@ -108,7 +108,7 @@ def pairs_table(records: list, tables=("1", "2", "references", "controls")) -> T
     lines = [(row.title, *(told[c][i] for c in told)) for i, row in enumerate(rows)]
     return Table(("method", *PAIRS), lines, frozenset(best))
 
-# %% ../nbs/25_results.ipynb #4206cd48
+# %% ../nbs/25_results.ipynb #d859e0a1
 def search_table(records: list, pair: str = "streets", tables=("1", "2", "references", "controls")) -> Table:
     "The search of equal budget: mIoU on val, lower, as it is, higher; and what the choice changes on test."
     lines, bold = [], set()
@@ -123,7 +123,7 @@ def search_table(records: list, pair: str = "streets", tables=("1", "2", "refere
             lines.append((row.title, *values, own, f"{found[best]['miou'] - found[0]['miou']:+.1f}"))
     return Table(("method", "lower", "as it is", "higher", "best on val", "on test"), lines, frozenset(bold))
 
-# %% ../nbs/25_results.ipynb #5f3bebb3
+# %% ../nbs/25_results.ipynb #175083a5
 def weight_curves(records: list, weight: str,  # "lambda_ent" or "lambda_image"
                   methods, pair: str = "streets") -> dict:  # {title: {factor: {(data_seed, seed): mIoU}}}
     "Scores over multiples of one weight, for `parameter_figure`."
@@ -132,13 +132,13 @@ def weight_curves(records: list, weight: str,  # "lambda_ent" or "lambda_image"
         return row_scores(records, [row], PAIRS[pair])[row.name]
     return {method_title(m): {f: at(m, f) for f in FACTORS} for m in methods}
 
-# %% ../nbs/25_results.ipynb #3efd8eef
+# %% ../nbs/25_results.ipynb #7adbd670
 def diagnoses(records: list, pair: str = "streets") -> list:  # of (data_seed, seed, diagnosis)
     "What was seen inside CR-AL."
     found = row_records(records, Row("cr_al"), PAIRS[pair])
     return [(r["data_seed"], r["seed"], r["diagnosis"]) for r in found if "diagnosis" in r]
 
-# %% ../nbs/25_results.ipynb #2bf40c89
+# %% ../nbs/25_results.ipynb #9d454c79
 def agreement_table(found: list,  # from `diagnoses`
                       measures=("regions", "within", "between", "auc", "beyond_entropy")) -> Table:
     "How far each map agrees with the error of the network: means over seeds."
