@@ -6,7 +6,7 @@
 __all__ = ['DEMO', 'command_run', 'command_check', 'command_prepare', 'command_evaluate', 'command_predict', 'demo',
            'command_demo', 'command_experiments', 'command_report', 'main']
 
-# %% ../nbs/23_command_line.ipynb #5bc2d614
+# %% ../nbs/23_command_line.ipynb #edada3a8
 import argparse
 import json
 import os
@@ -22,7 +22,7 @@ from tqdm import tqdm
 from .datasets import MissingSplit, PairedFolder, open_dataset
 from .dry_run import dry_run
 from .evaluation import evaluate, network_input, predict_labels
-from .experiments import PAIRS, TABLES, missing, planned, run_missing
+from .experiments import PAIRS, TABLES, missing, planned, read_records, run_missing
 from .label_spaces import CITYSCAPES, label_table
 from .report import colorize, comparison_table, method_title
 from .samples import check_dataset, prepare
@@ -30,7 +30,7 @@ from .settings import CHOICES, PLANS, PROFILES, QUICK, Settings
 from .train import load_segmenter, report_runs, run_mlan
 from .trainer import TrainingError, processes
 
-# %% ../nbs/23_command_line.ipynb #88215e4c
+# %% ../nbs/23_command_line.ipynb #425e6edf
 def _add_settings(parser, besides=("source", "target", "method", "profile")):
     "A flag for every field of Settings that isn't an argument of its own."
     for f in fields(Settings):
@@ -60,7 +60,7 @@ def command_run(args) -> None:
         print(comparison_table({result.record["method"]: result.record}))
     print(f"\nreport: {result.out / 'report.html'}   weights: {result.out / 'checkpoint.pt'}")
 
-# %% ../nbs/23_command_line.ipynb #bbe35335
+# %% ../nbs/23_command_line.ipynb #1a3e3516
 def command_check(args) -> None:
     "Read the files of a data set; print what is there, split by split."
     for split in args.splits or ("train", "val", "test"):
@@ -80,14 +80,14 @@ def command_check(args) -> None:
         for warning in found["warnings"]:
             print(f"  note: {warning}")
 
-# %% ../nbs/23_command_line.ipynb #01d6b42c
+# %% ../nbs/23_command_line.ipynb #de4f3e0a
 def command_prepare(args) -> None:
     "Resize a data set once, so that training need not decode it; one that was stopped goes on."
     for split in args.splits:
         ready = prepare(args.data, args.size, args.out, split, workers=os.cpu_count(), progress=not args.quiet)
         print(f"{args.data} {split}: {len(ready)} images of {args.size} in {ready.folder}; open it as prepared:{args.out}")
 
-# %% ../nbs/23_command_line.ipynb #19146fc6
+# %% ../nbs/23_command_line.ipynb #5a877c4a
 def command_evaluate(args) -> None:
     "Score a checkpoint on a labelled split."
     net, about = load_segmenter(args.checkpoint, args.device)
@@ -114,7 +114,7 @@ def command_predict(args) -> None:
     (out / "classes.json").write_text(json.dumps(dict(enumerate(about["classes"])), indent=1))
     print(f"{len(photos)} images labelled in {out}: ids/ (class numbers), colors/, classes.json")
 
-# %% ../nbs/23_command_line.ipynb #efcb5dc1
+# %% ../nbs/23_command_line.ipynb #7610e60d
 DEMO = ("source_only", "cr_al", "mlan", "oracle")
 
 
@@ -141,11 +141,12 @@ def command_demo(args) -> None:
     print(comparison_table({m: r.record for m, r in results.items()}))
     print(f"\nCR-AL against source only: {gain:+.1f} points.   Pictures, curves, settings: {Path(args.out) / 'report.html'}")
 
-# %% ../nbs/23_command_line.ipynb #a45e5e65
+# %% ../nbs/23_command_line.ipynb #91b7004a
 def command_experiments(args) -> None:
     "Run the experiments of some tables that a file of records lacks."
     given = {k: v for k, v in _chosen(args).items() if k != "profile"}
-    plan = planned(args.table, args.pair, args.profile, args.seeds, args.data_seeds, **given)
+    chosen = read_records(args.records) if args.chosen else None
+    plan = planned(args.table, args.pair, args.profile, args.seeds, args.data_seeds, chosen, **given)
     if args.dry_run:
         left = missing(plan, args.records)
         print("".join(f"{s.source} to {s.target}: {s.method}, seed {s.seed}, data seed {s.data_seed}\n" for s in left), end="")
@@ -154,12 +155,12 @@ def command_experiments(args) -> None:
     there = f"{len(plan) - len(left)} of {len(plan)} experiments are in {args.records}"
     print(there + "; the same command runs the rest" * bool(left))
 
-# %% ../nbs/23_command_line.ipynb #500898d6
+# %% ../nbs/23_command_line.ipynb #bc788ccb
 def command_report(args) -> None:
     "One report on several runs of a pair."
     print(report_runs(args.runs, args.out))
 
-# %% ../nbs/23_command_line.ipynb #5c99078d
+# %% ../nbs/23_command_line.ipynb #ad8f357e
 def _command(commands, function, help, **flags):
     "A subcommand that calls the function; a flag with nargs and no default is an argument by position."
     sub = commands.add_parser(function.__name__.removeprefix("command_"), help=help, description=function.__doc__)
@@ -169,7 +170,7 @@ def _command(commands, function, help, **flags):
     sub.set_defaults(function=function)
     return sub
 
-# %% ../nbs/23_command_line.ipynb #9f364583
+# %% ../nbs/23_command_line.ipynb #5d4d80e5
 def _add_experiments(command, needed):
     "The flags of `mlan experiments`."
     tables = command(command_experiments, "fill a file of records: the rows of the paper's tables, with controls",
@@ -180,9 +181,10 @@ def _add_experiments(command, needed):
     for name in ("seeds", "data-seeds"):
         tables.add_argument(f"--{name}", nargs="+", type=int, default=[0])
     tables.add_argument("--dry-run", action="store_true", help="list what is missing; run nothing")
+    tables.add_argument("--chosen", action="store_true", help="each row with the weights that the table `search` found best on val")
     _add_settings(tables, ("source", "target", "method", "profile", "seed", "data_seed"))
 
-# %% ../nbs/23_command_line.ipynb #282b6a2b
+# %% ../nbs/23_command_line.ipynb #7201b35a
 def _parser():
     parser = argparse.ArgumentParser("mlan", description="Multi-level adversarial network for domain adaptive semantic segmentation.")
     command = partial(_command, parser.add_subparsers(required=True, metavar="COMMAND"))
@@ -205,7 +207,7 @@ def _parser():
     command(command_demo, "watch the method on built-in scenes", out={"default": "runs/demo"}, seed={"default": "0"})
     return parser
 
-# %% ../nbs/23_command_line.ipynb #0d3f32e0
+# %% ../nbs/23_command_line.ipynb #a9c3c79f
 def main(argv: list | None = None) -> int:  # exit status: 0, or 2 where the input was wrong
     "The `mlan` command."
     args = _parser().parse_args(argv)

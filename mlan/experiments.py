@@ -7,7 +7,7 @@ __all__ = ['BENCHMARK', 'PAIRS', 'ADVERSARIAL', 'FACTORS', 'TABLES', 'CONTROL_ST
            'experiment_key', 'row_records', 'row_scores', 'chosen_trial', 'read_records', 'append_record', 'planned',
            'expected_seconds', 'measure', 'run_missing', 'missing']
 
-# %% ../nbs/22_experiments.ipynb #71cebf03
+# %% ../nbs/22_experiments.ipynb #77b67f66
 import json
 import sys
 import time
@@ -22,16 +22,18 @@ from tqdm import tqdm
 from .co_regularized_al import MAP_WEIGHTS
 from .datasets import write_whole
 from .diagnosis import diagnose
+from .evaluation import percent
 from .pairs import digest, open_pair
 from .report import method_title
-from .settings import RUNTIME_SETTINGS, Settings, make_settings
+from .settings import PROFILES, RUNTIME_SETTINGS, Settings, make_settings
 from .stages import Run, walk
 from .train import run_mlan
+from .trainer import TrainingError
 
-# %% ../nbs/22_experiments.ipynb #9f2e5b06
+# %% ../nbs/22_experiments.ipynb #b923b026
 BENCHMARK = 1  # version of the built-in data and its splits
 
-# %% ../nbs/22_experiments.ipynb #7ab8181b
+# %% ../nbs/22_experiments.ipynb #fdcb9a5c
 @dataclass(frozen=True)
 class Pair:
     "A source and a target, and the settings that they need."
@@ -46,7 +48,7 @@ PAIRS = {"streets": Pair("streets:engine", "streets:camera"),
          "streets_camvid": Pair("streets:engine", "camvid", _CAMVID),
          "airsim_camvid": Pair("airsim_nh", "camvid", _CAMVID)}
 
-# %% ../nbs/22_experiments.ipynb #c81d2c83
+# %% ../nbs/22_experiments.ipynb #acabf3a6
 @dataclass(frozen=True)
 class Row:
     "A row of a table, or a point of a figure."
@@ -73,7 +75,7 @@ def row_settings(row: Row, pair: Pair, profile: str = "quick",
     scaled = {k: getattr(usual, k) * factor for k, factor in row.times}
     return make_settings(pair.source, pair.target, row.method, profile, **{**given, **scaled})
 
-# %% ../nbs/22_experiments.ipynb #f68b60ee
+# %% ../nbs/22_experiments.ipynb #f1ccaae9
 ADVERSARIAL = {"rl_al": "lambda_ent", "regularized_rl_al": "lambda_ent", "il_al": "lambda_image", "regularized_il_al": "lambda_image"}
 FACTORS = (0.2, 0.6, 1, 1.4, 1.8)  # of Figures 5 and 6
 
@@ -95,17 +97,19 @@ TABLES = {
     "conditions": (  # readings R2, R4, R7, R9 one at a time
         Row("cr_al", set=(("descriptor", "hog"),)), Row("rl_al_and_il_al", set=(("descriptor", "hog"),)),
         Row("cr_al", set=(("reading", "literal"),)), Row("cr_al", set=(("pooling", "adaptive"),)),
-        Row("cr_al", set=(("map_weights", "raw"),), times=(("lambda_ent", 1 / 3), ("lambda_image", 10))))}
+        Row("cr_al", set=(("map_weights", "raw"),), times=(("lambda_ent", 1 / 3), ("lambda_image", 4))))}  # means of M_image, M_region
 
-# %% ../nbs/22_experiments.ipynb #64b2dc1d
+# %% ../nbs/22_experiments.ipynb #23065bc4
 CONTROL_STEPS = (  # (row, the control that it has to beat)
     ("cr_al", "adabn"), ("cr_al", "fda"), ("cr_al", "rl_al_and_il_al"), ("cr_al", "cr_al map_weights=shuffled"),
-    ("regularized_il_al", "il_al_and_rll"), ("cr_al+st", "cr_al+continued"), ("cr_al+rst", "cr_al+continued"), ("cr_al+rit", "cr_al+fda"))
+    ("cr_al", "il_al_and_rll"), ("cr_al+st", "cr_al+continued"), ("cr_al+rst", "cr_al+continued"), ("cr_al+rit", "cr_al+fda"))
 
-# %% ../nbs/22_experiments.ipynb #5ead66ad
+# %% ../nbs/22_experiments.ipynb #efc0d954
+_ALL = "lambda_region lambda_ent lambda_image"
 _OWN = {"source_only": "lr", "adabn": "lr", "oracle": "lr", "rll": "lambda_region", "fda": "fourier_beta",
-        **ADVERSARIAL, "il_al_and_rll": "lambda_image", "cr_al": "lambda_ent lambda_image",
-        "rl_al_and_il_al": "lambda_ent lambda_image", "cr_al+it": "translated_share", "cr_al+rit": "translated_share",
+        "rl_al": "lambda_region lambda_ent", "regularized_rl_al": "lambda_region lambda_ent", "il_al": "lambda_image",
+        "regularized_il_al": "lambda_image", "il_al_and_rll": "lambda_region lambda_image", "cr_al": _ALL,
+        "rl_al_and_il_al": _ALL, "cr_al+it": "translated_share", "cr_al+rit": "translated_share",
         "cr_al+fda": "translated_share", "cr_al+st": "self_training_lr", "cr_al+rst": "self_training_lr",
         "mlan": "self_training_lr", "cr_al+continued": "self_training_lr"}
 _HALVES = ("translated_share",)
@@ -120,7 +124,7 @@ def trials(row: Row) -> tuple:  # of Row, the row itself first
 
 TABLES["search"] = tuple(trial for table in ("1", "references", "2", "controls") for row in TABLES[table] for trial in trials(row))
 
-# %% ../nbs/22_experiments.ipynb #967353ad
+# %% ../nbs/22_experiments.ipynb #86a1183a
 _SEEDS = ("seed", "data_seed")
 
 
@@ -128,7 +132,8 @@ def experiment_key(settings: Settings | dict,  # or those of a record
                    seeds: bool = True,  # do the seeds count?
                    ) -> str:
     "Names an experiment: equal for equal settings and equal version of the benchmark."
-    values = {**asdict(Settings()), **(settings if isinstance(settings, dict) else asdict(settings))}
+    values = settings if isinstance(settings, dict) else asdict(settings)
+    values = {**asdict(Settings()), **PROFILES[values["profile"]], **values}
     left = RUNTIME_SETTINGS + (() if seeds else _SEEDS)
     return digest(BENCHMARK, {**{k: v for k, v in values.items() if k not in left}, "weights": Path(values["weights"]).name})
 
@@ -142,7 +147,8 @@ def row_records(records: list, row: Row, pair: Pair, profile: str = "quick") -> 
 
 def row_scores(records: list, rows, pair: Pair, profile: str = "quick") -> dict:  # {row's name: {(data_seed, seed): mIoU}}
     "The rows' scores on test, for the tables of notebook 20; a row that was not run is empty."
-    return {row.name: {(r["data_seed"], r["seed"]): r["miou"] for r in row_records(records, row, pair, profile)} for row in rows}
+    found = {row.name: row_records(records, row, pair, profile) for row in rows}
+    return {name: {(r["data_seed"], r["seed"]): r["miou"] for r in runs if r["miou"] is not None} for name, runs in found.items()}
 
 
 def chosen_trial(records: list, row: Row, pair: Pair, profile: str = "quick") -> Row:
@@ -152,7 +158,7 @@ def chosen_trial(records: list, row: Row, pair: Pair, profile: str = "quick") ->
         return found[0] if found and found[0] is not None else -1.0
     return max(trials(row), key=val)
 
-# %% ../nbs/22_experiments.ipynb #c0e3d596
+# %% ../nbs/22_experiments.ipynb #3bf62c48
 def read_records(path: str | Path) -> list:  # of dict; [] where there is no file
     "The records of a file; ValueError names a line that is none."
     lines = Path(path).read_text(encoding="utf-8").splitlines() if Path(path).exists() else []
@@ -165,17 +171,18 @@ def read_records(path: str | Path) -> list:  # of dict; [] where there is no fil
     return records
 
 
-def append_record(record: dict, path: str | Path, lock: str | Path):
+def append_record(record: dict, path: str | Path):
     "Add a record; of several runners one writes at a time."
-    with FileLock(lock):
+    with FileLock(f"{path}.lock"):
         old = Path(path).read_text(encoding="utf-8") if Path(path).exists() else ""
         text = old + "\n" * (old[-1:] not in ("", "\n")) + json.dumps(record) + "\n"
         write_whole(Path(path), lambda part: part.write_text(text, encoding="utf-8"))
 
-# %% ../nbs/22_experiments.ipynb #d5f8ee49
+# %% ../nbs/22_experiments.ipynb #eb7abe47
 def planned(tables,  # keys of TABLES
             pairs=("streets",),  # keys of PAIRS
             profile: str = "quick", seeds=(0,), data_seeds=(0,),
+            chosen: list | None = None,  # records of the search: each row at its own best trial
             **changes,  # any field of Settings, for all rows
             ) -> list:  # of Settings
     "All experiments of some tables, in the order in which to run them."
@@ -185,17 +192,18 @@ def planned(tables,  # keys of TABLES
     rows = dict.fromkeys(row for table in tables for row in TABLES[table])
     found = {}
     for data_seed, seed, pair, row in product(data_seeds, seeds, pairs, rows):
+        row = row if chosen is None else chosen_trial(chosen, row, PAIRS[pair], profile)
         settings = row_settings(row, PAIRS[pair], profile, seed=seed, data_seed=data_seed, **changes)
         found.setdefault(experiment_key(settings), settings)
     return [*found.values()]
 
-# %% ../nbs/22_experiments.ipynb #9d8a66d1
+# %% ../nbs/22_experiments.ipynb #1f27ab38
 def expected_seconds(settings: Settings, records: list) -> float:
-    "What the longest run of this method took, at this size and profile; of any method where it was not run; 0 where nothing was."
-    def alike(r, *names):
-        return all(json.loads(json.dumps(getattr(settings, n))) == r["settings"][n] for n in names)
-    near = [r for r in records if alike(r, "profile", "size", "backbone", "steps")]
-    return max((r["seconds"] for r in [r for r in near if alike(r, "method")] or near), default=0.0)
+    "What the longest run of this method (of any, if it was not run) took with all its stages, by pixels and steps; 0 if nothing was run."
+    def amount(s): return s["size"][0] * s["size"][1] * (s["steps"] + s["warmup_steps"])
+    alike = [r for r in records if all(r["settings"][n] == getattr(settings, n) for n in ("profile", "backbone"))]
+    alike = [r for r in alike if r["method"] == settings.method] or alike
+    return max((sum(s or 0 for s in r["cost"].values()) * amount(asdict(settings)) / amount(r["settings"]) for r in alike), default=0.0)
 
 
 @contextmanager
@@ -212,20 +220,28 @@ def _taken(file: Path):  # True if this runner has it
     finally:
         lock.release()
 
-# %% ../nbs/22_experiments.ipynb #1736c61a
+# %% ../nbs/22_experiments.ipynb #78c2d6e3
+_NAMES = ("method", "source", "target", "profile", "seed", "data_seed")
+
+
 def measure(settings: Settings, folder: Path, progress: bool = False) -> dict:  # the record
     "Run one experiment; its folder is FOLDER/runs/METHOD-KEY, its stages are shared in FOLDER/stages."
     chosen = {f.name: getattr(settings, f.name) for f in fields(Settings)}
-    out = folder / "runs" / f"{settings.method}-{experiment_key(settings)}"
-    record = run_mlan(**chosen, out=out, stages=folder / "stages", progress=progress).record
+    out, began = folder / "runs" / f"{settings.method}-{experiment_key(settings)}", time.time()
+    try:
+        record = run_mlan(**chosen, out=out, stages=folder / "stages", progress=progress).record
+    except TrainingError as error:
+        broken = {"miou": None, "miou_val": None, "failed": str(error), "cost": {"until it broke": round(time.time() - began, 1)}}
+        return {"benchmark": BENCHMARK, "settings": asdict(settings), **{k: getattr(settings, k) for k in _NAMES}, **broken}
     if settings.method == "cr_al" and record["miou"] is not None:
-        data = open_pair(settings, stages=folder / "stages")
-        run = Run(settings, data, folder / "stages")
+        began = time.time()
+        run = Run(settings, open_pair(settings, stages=folder / "stages"), folder / "stages")
         walk(run)
         record = {**record, "diagnosis": diagnose(run)}
+        record["cost"]["diagnosis"] = round(time.time() - began, 1)
     return {"benchmark": BENCHMARK, **record}
 
-# %% ../nbs/22_experiments.ipynb #7b15d999
+# %% ../nbs/22_experiments.ipynb #414f4316
 def run_missing(plan: list,  # of Settings, from `planned`
                 records: str | Path,  # the file
                 folder: str | Path,  # of runs and shared stages
@@ -241,7 +257,7 @@ def run_missing(plan: list,  # of Settings, from `planned`
         with _taken(folder / "runs" / f"{key}.lock") as mine:
             if mine and missing([settings], records):
                 record = measure(settings, folder)
-                append_record(record, records, folder / "records.lock")
+                append_record(record, records)
                 _say(record, progress)
     return missing(plan, records)
 
@@ -255,4 +271,4 @@ def missing(plan: list, records: str | Path) -> list:  # of Settings
 def _say(record, progress):
     names = " ".join(f"{record[k]}" for k in ("source", "target", "method", "seed", "data_seed"))
     if progress:
-        tqdm.write(f"{names}: {record['miou']:.1f} mIoU in {record['seconds']:.0f} s", file=sys.stderr)
+        tqdm.write(f"{names}: {percent(record['miou'])} mIoU in {sum(s or 0 for s in record['cost'].values()):.0f} s", file=sys.stderr)

@@ -6,11 +6,10 @@
 __all__ = ['Result', 'run_mlan', 'save_segmenter', 'load_segmenter', 'picture_rows', 'save_pictures', 'load_pictures',
            'report_runs']
 
-# %% ../nbs/18_train.ipynb #005661bb
+# %% ../nbs/18_train.ipynb #3f553b86
 import json
 import os
 import platform
-import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -29,10 +28,10 @@ from .pairs import dataset_name, fingerprints, open_datasets, open_pair
 from .region_labels import region_grid
 from .report import PictureRow, method_title, write_report
 from .settings import RUNTIME_SETTINGS, Settings, make_settings
-from .stages import Run, score, walk
+from .stages import Run, score, source_commit, walk
 from .trainer import TornFile, load_whole, read_log, save_atomically, usable_device
 
-# %% ../nbs/18_train.ipynb #021670bd
+# %% ../nbs/18_train.ipynb #3f2fa4a3
 @dataclass(frozen=True)
 class Result:
     "What `run_mlan` returns."
@@ -41,7 +40,7 @@ class Result:
     out: Path  # the run's folder
     record: dict  # all that is in result.json
 
-# %% ../nbs/18_train.ipynb #0e20a4df
+# %% ../nbs/18_train.ipynb #c97c7edf
 def run_mlan(source, target,  # "streets:engine", "airsim_nh", "folder:PATH", a data set, or a dict of one a split
              method: str = "mlan", profile: str = "quick", out: str | Path = "runs/mlan",
              stages: str | Path | None = None,  # folder of stage outcomes, to share between runs; by default OUT/stages
@@ -63,8 +62,7 @@ def run_mlan(source, target,  # "streets:engine", "airsim_nh", "folder:PATH", a 
     if run.main:
         out.mkdir(parents=True, exist_ok=True)
         write_whole(out / "settings.json", lambda part: part.write_text(json.dumps(asdict(settings), indent=1)))
-    for samples in (data.source, data.target):
-        samples.load(workers=min(2, os.cpu_count()), progress=progress and run.main)
+    _make_ready(run)
     began = time.time()
     net = walk(run)
     record = _record(run, net, time.time() - began)
@@ -73,7 +71,15 @@ def run_mlan(source, target,  # "streets:engine", "airsim_nh", "folder:PATH", a 
     run.team.wait_for_everyone()
     return _result(record, out)
 
-# %% ../nbs/18_train.ipynb #783c0eed
+# %% ../nbs/18_train.ipynb #380ab770
+def _make_ready(run):
+    "Images into memory where they fit; the GPU's peak is counted from here, for it is this run's."
+    for samples in (run.data.source, run.data.target):
+        samples.load(workers=min(2, os.cpu_count()), progress=run.progress and run.main)
+    if run.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(run.device)
+
+
 def _finished(out, settings):
     "The record of a finished run in this folder; ValueError if the folder belongs to a run with other settings."
     if (out / "settings.json").exists():
@@ -89,19 +95,7 @@ def _finished(out, settings):
 def _result(record, out):
     return Result(record["miou"], record["per_class"], out, record)
 
-# %% ../nbs/18_train.ipynb #3e8ef82b
-def _commit():
-    "The git commit of the source tree, with -dirty where files differ from it, or None outside of one."
-    try:
-        import mlan
-        git = ["git", "-C", str(Path(mlan.__file__).parent)]
-        for command in (["ls-files", "--error-unmatch", "__init__.py"], ["describe", "--always", "--dirty", "--exclude", "*"]):
-            told = subprocess.run(git + command, capture_output=True, text=True, check=True).stdout.strip()
-        return told
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
+# %% ../nbs/18_train.ipynb #d4d5e88f
 def _hardware(device) -> dict:
     "Device name, threads, and the peak memory of this process in MiB."
     if device.type == "cuda":
@@ -114,10 +108,10 @@ def _hardware(device) -> dict:
 def _environment(device) -> dict:
     "What computed a run."
     libraries = ("torch", "torchvision", "numpy", "scikit-learn", "scikit-image")
-    return {"commit": _commit(), "versions": {n: metadata.version(n) for n in libraries},
+    return {"commit": source_commit(), "versions": {n: metadata.version(n) for n in libraries},
             "python": platform.python_version(), **_hardware(device)}
 
-# %% ../nbs/18_train.ipynb #ae6da2dd
+# %% ../nbs/18_train.ipynb #5f50ae59
 def _record(run: Run, net: Segmenter, seconds: float) -> dict:
     "The run as one JSON object."
     data, s = run.data, run.s
@@ -128,13 +122,13 @@ def _record(run: Run, net: Segmenter, seconds: float) -> dict:
               **test, "miou_val": scores.get("val", {}).get("miou"),
               "classes": data.classes, "colors": data.colors.tolist(), "data": data.fingerprints, "images": data.images,
               "settings": asdict(s),
-              "seconds": round(seconds, 1), "cost": run.cost, "facts": run.facts,
+              "seconds": round(seconds, 1), "cost": run.cost, "stage_commits": run.commits, "facts": run.facts,
               "processes": run.team.num_processes, **_environment(run.device)}
     if test["matrix"] and set(SYNTHIA_13) <= set(data.classes):
         record["miou_13"] = mean_iou(torch.tensor(test["matrix"]), data.classes, SYNTHIA_13)
     return json.loads(json.dumps(record))
 
-# %% ../nbs/18_train.ipynb #46d384f0
+# %% ../nbs/18_train.ipynb #0779b7d0
 def save_segmenter(net: Segmenter, path: Path, settings: Settings, shared: SharedClasses):
     "The last weights and all that `load_segmenter` needs to use them."
     about = {"classes": list(shared.classes), "members": [list(m) for m in shared.members],
@@ -161,7 +155,7 @@ def load_segmenter(path: str | Path,  # a run's checkpoint.pt
         raise ValueError(f"{path} is not a checkpoint of this package ({kind}); give a run's checkpoint.pt") from None
     return net.eval(), about
 
-# %% ../nbs/18_train.ipynb #69c24ecb
+# %% ../nbs/18_train.ipynb #a3f72508
 @torch.no_grad()
 def picture_rows(run: Run, net: Segmenter, n: int = 4) -> list:  # of PictureRow
     "Test images with truth, prediction and consistency maps."
@@ -177,7 +171,7 @@ def picture_rows(run: Run, net: Segmenter, n: int = 4) -> list:  # of PictureRow
         rows.append(PictureRow(Path(dataset.name(i)).stem, image, truth, {run.s.method: found}, maps))
     return rows
 
-# %% ../nbs/18_train.ipynb #0edd147f
+# %% ../nbs/18_train.ipynb #0bfaa875
 def save_pictures(path: Path, rows: list):
     "Images, truths, predictions and maps as one .npz file."
     arrays = {}
@@ -201,7 +195,7 @@ def load_pictures(path: Path) -> list:  # of PictureRow
     return [PictureRow(str(arrays[f"{i}/name"]), arrays[f"{i}/image"], arrays.get(f"{i}/truth"),
                        part(i, "prediction"), part(i, "map")) for i in range(n)]
 
-# %% ../nbs/18_train.ipynb #47f29d24
+# %% ../nbs/18_train.ipynb #8f57b676
 def _one_axis(rows):
     "Log rows of all stages on one axis of steps."
     found, offset, last = [], 0, None
@@ -224,7 +218,7 @@ def _notes(records):
         notes.append(f"{method_title(r['method'])}: seed {r['seed']}, {r['seconds']:.0f} s{'; ' + made if made else ''}")
     return notes
 
-# %% ../nbs/18_train.ipynb #5d219f2f
+# %% ../nbs/18_train.ipynb #3366b7ec
 def report_runs(folders: list,  # of runs on one source and target, in the order of the table
                 path: str | Path,  # the report to write
                 records: list | None = None,  # their records, if not yet in their folders
@@ -252,7 +246,7 @@ def report_runs(folders: list,  # of runs on one source and target, in the order
     colors = np.array(first["colors"], np.uint8)
     return write_report(path, title, settings, scores, curves, rows, _notes(records), first["classes"], colors)
 
-# %% ../nbs/18_train.ipynb #b79437d3
+# %% ../nbs/18_train.ipynb #ea439bd6
 def _write(run: Run, net: Segmenter, record: dict, out: Path):
     "Everything that a run's folder holds; result.json last, because it says that the run is done."
     (out / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in run.logs))

@@ -21,7 +21,7 @@ def merged(folders: list) -> list:
     for folder in folders[1:]:
         for row, other in zip(rows, load_pictures(folder / "pictures.npz"), strict=True):
             row.predictions.update(other.predictions)
-            row.maps.update(other.maps)
+            row.maps.update(other.maps if "cr_al" in other.predictions else {})
     return without_photographs(rows)
 
 

@@ -171,13 +171,16 @@ def test_tau_seed_by_seed():
 
 
 @pytest.mark.parametrize("paper, ours, words", [
-    (2., (3., 1., 5.), "same sign, clear"), (2., (3., -1., 7.), "same sign, not clear"),
-    (2., (-3., -5., -1.), "opposite sign, clear"), (2., (-3., -7., 1.), "opposite sign, not clear"),
-    (-2., (-3., -5., -1.), "same sign, clear"), (-2., (3., 1., 5.), "opposite sign, clear"),
-    (2., (3., None, None), "same sign, not clear"), (2., None, "not run"), (None, None, "not run"),
-    (None, (3., 1., 5.), "no claim in the paper, clear"), (2., (0., -1., 1.), "no difference")])
+    (2., (3., 1., 5.), "reproduced"), (2., (3., -1., 7.), "open"), (2., (-3., -5., -1.), "contradicted"), (2., (-3., -7., 1.), "open"),
+    (-2., (-3., -5., -1.), "reproduced"), (-2., (3., 1., 5.), "contradicted"), (2., (3., None, None), "open"),
+    (2., None, "not run"), (None, None, "not run"), (None, (3., 1., 5.), "above"), (None, (-3., -5., -1.), "below"),
+    (2., (0., -1., 1.), "open")])
 def test_verdicts(paper, ours, words):
     assert verdict(paper, ours and Difference(*ours, 3, 1.)) == words
+
+
+def test_two_runs_settle_nothing():
+    assert verdict(2., Difference(3., 2.9, 3.1, 2, .01)) == "open"
 
 
 def example_tables():
@@ -187,7 +190,7 @@ def example_tables():
 
 def test_rows_that_were_not_run_stay_in_the_tables():
     methods, comparisons = example_tables()
-    assert [row[0] for row in methods.rows] == ["Baseline", "RLL", "RL-AL", "CR-AL", "fda"]
+    assert [row[0] for row in methods.rows] == ["Baseline", "RLL", "RL-AL", "CR-AL", "FDA"]
     assert methods.rows[2] == ("RL-AL", "43.7", "+7.1", "not run", "0", "not run")
     assert comparisons.rows[1] == ("RL-AL against RLL", "+4.4", "not run", "not run", "")
     bare = ablation_table({}, PAPER, "source_only", [("cr_al", "rll")], {})
@@ -201,7 +204,7 @@ def test_ablation_table_tells_what_was_measured():
     assert methods.rows[3] == ("CR-AL", "49.1", "+12.5", "43.0", "1", "+5.0 (1 seed)")
     assert methods.rows[4] == ("fda", "", "", "34.7 ± 2.5", "3", "-1.3 [-2.8, +0.1]")
     assert [row[3:] for row in comparisons.rows] == [
-        ("same sign, clear", "clear"), ("not run", ""), ("same sign, not clear", ""), ("no claim in the paper, not clear", "not clear")]
+        ("reproduced", "clear"), ("not run", ""), ("open", ""), ("open", "not clear")]
     assert comparisons.heads[-1] == "among all 2 (Holm)"
     assert methods.bold == {(3, 1), (3, 3)}
 
@@ -269,7 +272,7 @@ def test_ablation_figure_with_missing_rows():
     size, texts = drawn(figure)
     assert size > 5000 and texts.count("not run") == 1 and texts.count("not in the paper") == 1
     assert texts[:4] == ["36.6", "39.3", "43.7", "49.1"] and "37.2" in texts
-    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["Baseline", "RLL", "RL-AL", "CR-AL", "fda"]
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["Baseline", "RLL", "RL-AL", "CR-AL", "FDA"]
 
 
 def test_ablation_panels_start_alike_and_hide_nothing():

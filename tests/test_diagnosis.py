@@ -15,7 +15,7 @@ from mlan.consistency_map import ConsistencyMaps
 from mlan.datasets import Streets
 from mlan.diagnosis import (Examination, add_photographs, critic_curve, diagnose, error_curve, examine, figure_4,
                             label_quality, map_figure, map_report, prediction_measures, pseudo_label_figure, pseudo_label_rows,
-                            rank_agreement, region_index, region_mean, region_measures, relation_shares, without_photographs)
+                            error_agreement, region_index, region_mean, region_measures, relation_shares, without_photographs)
 from mlan.pairs import open_pair
 from mlan.region_labels import class_histogram, region_grid
 from mlan.samples import Samples
@@ -124,7 +124,7 @@ def correlation(*columns):
 @pytest.mark.parametrize("seed", range(4))
 def test_agreement_against_ranks_by_hand(seed):
     values, error, doubt = random_measures(seed)
-    found, known = rank_agreement(values, error, doubt), ~np.isnan(error)
+    found, known = error_agreement(values, error, doubt), ~np.isnan(error)
     assert found["regions"] == pytest.approx(correlation(values[known], error[known]))
     images = [i for i in range(len(error)) if known[i].any()]
     assert len(images) == 8
@@ -144,7 +144,7 @@ def test_partial_correlation_against_residuals(seed):
     m, e, h = (rankdata(x[known]) for x in (values, error, doubt))
     base = np.stack([h, np.ones_like(h)], 1)
     left = [x - base @ np.linalg.lstsq(base, x, rcond=None)[0] for x in (m, e)]
-    assert rank_agreement(values, error, doubt)["beyond_entropy"] == pytest.approx(np.corrcoef(left)[0, 1])
+    assert error_agreement(values, error, doubt)["beyond_entropy"] == pytest.approx(np.corrcoef(left)[0, 1])
 
 
 @pytest.mark.filterwarnings("error")
@@ -152,7 +152,7 @@ def test_partial_correlation_against_residuals(seed):
                                            (np.random.rand(1, 1, 1), np.random.rand(1, 1, 1)),
                                            (np.random.rand(2, 2, 2), np.full((2, 2, 2), np.nan))])
 def test_what_is_undefined_is_none_and_nothing_warns(values, error):
-    found = rank_agreement(values, error, values)
+    found = error_agreement(values, error, values)
     assert found["regions"] is found["within"] is found["between"] is found["beyond_entropy"] is None
 
 
@@ -161,8 +161,8 @@ def test_between_needs_more_than_hard_images_and_within_more_than_hard_regions()
     hardness, pattern = rng.random((20, 1, 1)), rng.random((20, 4, 4))
     pattern /= pattern.mean((1, 2), keepdims=True)
     error, doubt = hardness * pattern, rng.random((20, 4, 4))
-    image = rank_agreement(hardness + 1e-6 * rng.random(error.shape), error, doubt)
-    region = rank_agreement(pattern, error, doubt)
+    image = error_agreement(hardness + 1e-6 * rng.random(error.shape), error, doubt)
+    region = error_agreement(pattern, error, doubt)
     assert image["between"] > .99 and abs(image["within"]) < .25
     assert region["within"] > .99 and abs(region["between"]) < .6
 
