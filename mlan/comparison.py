@@ -7,7 +7,7 @@ __all__ = ['scores_of', 'Summary', 'summary', 'Difference', 'paired_difference',
            'rank_agreement_interval', 'Table', 'verdict', 'AblationTables', 'ablation_table', 'class_table',
            'ablation_figure', 'spread_of_curve', 'parameter_figure']
 
-# %% ../nbs/20_comparison.ipynb #2566650d
+# %% ../nbs/20_comparison.ipynb #f6e8020b
 import html
 import math
 import re
@@ -24,7 +24,7 @@ from scipy import stats
 from .evaluation import percent, score_row
 from .report import best_methods, method_title
 
-# %% ../nbs/20_comparison.ipynb #1894732b
+# %% ../nbs/20_comparison.ipynb #f28bc4de
 def scores_of(
     records: list[dict], # each with "data_seed", "seed" and "miou" in percent
     key: Callable[[dict], str | None], # record -> its row, or None to leave it out
@@ -42,7 +42,7 @@ def scores_of(
         scores[row][run] = record["miou"]
     return scores
 
-# %% ../nbs/20_comparison.ipynb #d55cd1d3
+# %% ../nbs/20_comparison.ipynb #f01c85e1
 @dataclass(frozen=True)
 class Summary:
     "What some runs of one method say together."
@@ -61,7 +61,7 @@ def summary(
     values = list(values)
     return Summary(mean(values), stdev(values) if len(values) > 1 else None, len(values)) if values else None
 
-# %% ../nbs/20_comparison.ipynb #601af625
+# %% ../nbs/20_comparison.ipynb #ec2b97c8
 def _signed(value: float) -> str: # "+4.3", "-0.2", "0.0"
     "A difference as tables show it."
     text = f"{value:+.1f}"
@@ -91,7 +91,7 @@ class Difference:
         bounds = "(1 seed)" if self.low is None else f"[{_signed(self.low)}, {_signed(self.high)}]"
         return f"{_signed(self.mean)} {bounds}"
 
-# %% ../nbs/20_comparison.ipynb #f109a389
+# %% ../nbs/20_comparison.ipynb #9ca1e72b
 def paired_difference(
     scores: dict[str, dict], # {row: {(data_seed, seed): mIoU}}
     row: str,
@@ -106,7 +106,7 @@ def paired_difference(
     half = float(stats.t.ppf((1 + level) / 2, found.n - 1)) * found.sd / math.sqrt(found.n)
     return Difference(found.mean, found.mean - half, found.mean + half, found.n, found.sd)
 
-# %% ../nbs/20_comparison.ipynb #e2c97f8c
+# %% ../nbs/20_comparison.ipynb #717bbf96
 def holm(
     differences: Sequence[Difference | None], # all comparisons of one table
     level: float = .95, # of the table as a whole
@@ -119,7 +119,7 @@ def holm(
         clear[i] = True
     return clear
 
-# %% ../nbs/20_comparison.ipynb #e2f1c027
+# %% ../nbs/20_comparison.ipynb #0c471b68
 @dataclass(frozen=True)
 class Agreement:
     "How far two lists of values put their rows in the same order."
@@ -144,7 +144,7 @@ def rank_agreement(
     found = stats.kendalltau([paper[r] for r in rows], [ours[r] for r in rows])
     return Agreement(float(found.statistic), len(rows), swapped, float(found.pvalue))
 
-# %% ../nbs/20_comparison.ipynb #1fb92e7e
+# %% ../nbs/20_comparison.ipynb #4fae7320
 def rank_agreement_interval(
     paper: dict[str, float], # {row: mIoU}
     scores: dict[str, dict], # {row: {(data_seed, seed): mIoU}}
@@ -156,7 +156,7 @@ def rank_agreement_interval(
     taus = [tau for tau in taus if tau is not None]
     return (min(taus), max(taus)) if taus else None
 
-# %% ../nbs/20_comparison.ipynb #13c06305
+# %% ../nbs/20_comparison.ipynb #f422098a
 @dataclass(frozen=True)
 class Table:
     "Text in rows and columns, for a notebook or for a README."
@@ -186,7 +186,7 @@ class Table:
             lines.append("<tr>" + "".join(f"<td style='{s}'>{c}</td>" for s, c in zip(sides, cells)) + "</tr>")
         return f"<div style='overflow-x:auto'><table style='font-size:{12 if wide else 13}px'>{''.join(lines)}</table></div>"
 
-# %% ../nbs/20_comparison.ipynb #150c3fe7
+# %% ../nbs/20_comparison.ipynb #570700cf
 def verdict(
     paper: float | None, # the paper's difference; None where it makes no such claim
     ours: Difference | None, # None where the rows share no run
@@ -197,7 +197,7 @@ def verdict(
     if not paper: return "above" if ours.mean > 0 else "below"
     return "reproduced" if (paper > 0) == (ours.mean > 0) else "contradicted"
 
-# %% ../nbs/20_comparison.ipynb #40819d6d
+# %% ../nbs/20_comparison.ipynb #159a4439
 class AblationTables(NamedTuple):
     "The two tables of an ablation."
     methods: Table
@@ -224,7 +224,7 @@ def _marked(values: dict[str, dict], columns: dict[str, int]) -> frozenset: # {(
     "The best cells of some columns, given {row: {column: value}} and the columns' places."
     return frozenset((i, j) for column, j in columns.items() for i, row in enumerate(values) if row in best_methods(values, column))
 
-# %% ../nbs/20_comparison.ipynb #c45064ee
+# %% ../nbs/20_comparison.ipynb #0f32e620
 def _method_table(scores: dict[str, dict], paper: dict, base: str, titles: dict | None) -> Table:
     "One row a method."
     rows, values = [], {}
@@ -249,7 +249,7 @@ def _comparison_rows(scores: dict[str, dict], paper: dict, comparisons: list[tup
     n = sum(d is not None and d.p is not None for d in found)
     return Table(("comparison", "paper", "ours [95%]", "verdict", f"among all {n} (Holm)"), rows)
 
-# %% ../nbs/20_comparison.ipynb #2bffe3a5
+# %% ../nbs/20_comparison.ipynb #cf459c37
 def ablation_table(
     scores: dict[str, dict], # {row: {(data_seed, seed): mIoU}}, in the table's order; a row may be empty
     paper: dict[str, float], # {row: mIoU}; rows that the paper lacks are controls
@@ -264,7 +264,7 @@ def ablation_table(
                          "mend the name, or give a row that was not run an empty dict")
     return AblationTables(_method_table(scores, paper, base, titles), _comparison_rows(scores, paper, comparisons, titles))
 
-# %% ../nbs/20_comparison.ipynb #3e26dffc
+# %% ../nbs/20_comparison.ipynb #71c61bb0
 def class_table(
     records_by_row: dict[str, list[dict]], # {row: records with "miou" and "per_class"}
     titles: dict[str, str] | None = None, # {row: as the table names it}
@@ -281,7 +281,7 @@ def class_table(
              percent(one["mIoU"]) if found[row] else "not run") for row, one in values.items()]
     return Table(("method", *columns), rows, _marked(values, {c: j for j, c in enumerate(columns, 1)}))
 
-# %% ../nbs/20_comparison.ipynb #dc763e2a
+# %% ../nbs/20_comparison.ipynb #bb3a1b6c
 _GREY, _INK = "#6b7280", ("#d55e00", "#0072b2", "#009e73", "#cc79a7")
 
 def _staircase(ax, values: dict[str, list[float]], ink: str, missing: str):
@@ -302,7 +302,7 @@ def _staircase(ax, values: dict[str, list[float]], ink: str, missing: str):
     ax.spines[["top", "right", "left"]].set_visible(False)
     ax.tick_params(length=0, labelsize=9)
 
-# %% ../nbs/20_comparison.ipynb #d46f741b
+# %% ../nbs/20_comparison.ipynb #8bb857ae
 def ablation_figure(
     scores: dict[str, dict], # {row: {(data_seed, seed): mIoU}}, in the figure's order
     paper: dict[str, float], # {row: mIoU}
@@ -328,7 +328,7 @@ def ablation_figure(
     axes[0].invert_yaxis()
     return fig
 
-# %% ../nbs/20_comparison.ipynb #64c3bdd6
+# %% ../nbs/20_comparison.ipynb #9f777a1b
 def _means(curve: dict[float, dict]) -> dict[float, float]:
     "Mean of each factor that was run, by factor."
     return {factor: mean(curve[factor].values()) for factor in sorted(curve) if curve[factor]}
@@ -340,7 +340,7 @@ def spread_of_curve(
     means = _means(curve).values()
     return (min(means), max(means)) if means else None
 
-# %% ../nbs/20_comparison.ipynb #79aaf224
+# %% ../nbs/20_comparison.ipynb #e58eed36
 def _curve(ax, label: str, curve: dict[float, dict], ink: str, shift: float):
     "Means, runs and their band."
     means = _means(curve)
@@ -363,7 +363,7 @@ def _ranges(ax, ranges: dict[str, tuple], inks: dict[str, str]):
     ax.yaxis.tick_right()
     ax.spines[["top", "left", "bottom"]].set_visible(False)
 
-# %% ../nbs/20_comparison.ipynb #1195e168
+# %% ../nbs/20_comparison.ipynb #20437704
 def parameter_figure(
     curves: dict[str, dict], # {label: {factor: {(data_seed, seed): mIoU}}}, e.g. plain and regularized
     default: float, # the weight at factor 1

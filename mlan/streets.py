@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['CITYSCAPES_CLASSES', 'CITYSCAPES_COLORS', 'IGNORE', 'DOMAINS', 'SPLITS', 'draw_street']
 
-# %% ../nbs/00_streets.ipynb #9cc58ca3
+# %% ../nbs/00_streets.ipynb #b542f0f2
 from dataclasses import dataclass
 from math import ceil, floor
 from types import SimpleNamespace
 
 import numpy as np
 
-# %% ../nbs/00_streets.ipynb #fdf1764b
+# %% ../nbs/00_streets.ipynb #f91d581e
 CITYSCAPES_CLASSES = (
     "road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation", "terrain",
     "sky", "person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle")
@@ -24,7 +24,7 @@ IGNORE = 255
 DOMAINS = ("engine", "cartoon", "camera")
 SPLITS = ("train", "val", "test")
 
-# %% ../nbs/00_streets.ipynb #af52e9a3
+# %% ../nbs/00_streets.ipynb #45ffb7b9
 class _Dice:
     "Random draws made of a bit generator's raw output, the part of numpy whose stream is frozen."
     def __init__(self, *key): self.raw = np.random.PCG64(np.random.SeedSequence(key)).random_raw
@@ -34,7 +34,7 @@ class _Dice:
     def count(self, mean): return int(self.between(0, 2 * mean) + .5)
     def many(self, n): return (self.raw(n) >> np.uint64(40)).astype(np.float32) / 2 ** 24
 
-# %% ../nbs/00_streets.ipynb #b231abb6
+# %% ../nbs/00_streets.ipynb #f89f04ed
 @dataclass(frozen=True)
 class _View:
     "A pinhole camera over a flat street; the picture is one unit high and x = 0 is its middle."
@@ -44,7 +44,7 @@ class _View:
     def x(self, X, Z): return self.focal * X / Z
     def y(self, Y, Z): return self.horizon + self.focal * (self.eye - Y) / Z
 
-# %% ../nbs/00_streets.ipynb #934b73db
+# %% ../nbs/00_streets.ipynb #7990656c
 class _Canvas:
     "Numbered pieces, painted from far to near on a lattice of half-pixel steps."
     def __init__(self, size, view):
@@ -68,7 +68,7 @@ class _Canvas:
         self.pieces.append(row)
         np.copyto(self.piece[rows, cols], len(self.pieces) - 1, where=mask)
 
-# %% ../nbs/00_streets.ipynb #6e267746
+# %% ../nbs/00_streets.ipynb #3be9703f
 def _convex(canvas, points):
     "Window and mask of a convex polygon: a sample is inside if it lies on one side of every edge."
     px, py = [p[0] for p in points], [p[1] for p in points]
@@ -87,7 +87,7 @@ def _ellipse(canvas, x, y, rx, ry):
     dx, dy = (canvas.xs[cols] - x) / rx, (canvas.ys[rows, None] - y) / ry
     return rows, cols, dx * dx + dy * dy <= 1
 
-# %% ../nbs/00_streets.ipynb #6b755427
+# %% ../nbs/00_streets.ipynb #8e8cda50
 @dataclass(frozen=True)
 class _Surface:
     "How a class looks in a domain."
@@ -103,7 +103,7 @@ _PATTERNS = { # dark marks: period and filled part along, the same upwards, whet
     "planks": (9, .98, .5, .8, 1), "bricks": (.9, .9, .45, .75, 1)}
 _INK = .20, .22, .26
 
-# %% ../nbs/00_streets.ipynb #7a748544
+# %% ../nbs/00_streets.ipynb #7287bfb5
 _ENGINE = {
     "road": _Surface("4b4b4e 57565a", .10, (.7, .7)),
     "sidewalk": _Surface("a69d92 8f887f", .07, (.5, .5), "slabs", .5),
@@ -121,7 +121,7 @@ _ENGINE = {
     "train": _Surface("2f6f5f 3d7f6a 8fa39a", .04, (1, 1), "rails", .25),
     "motorcycle": _Surface("2b2420 7a1f1f 20242b", .05), "bicycle": _Surface("3a4a5a 6a2f2f 2a2a2a", .05)}
 
-# %% ../nbs/00_streets.ipynb #11064b48
+# %% ../nbs/00_streets.ipynb #c35b7807
 _CARTOON = {
     "road": _Surface("7b7d8c 6f7180", .02), "sidewalk": _Surface("d8b49a e0c0a8", .02, (.5, .5), "slabs", .3),
     "building": _Surface("e0a04a d86a5a 7ab0d0 e8d8a0 b88ad0", .01, (2, 2), "windows", 1),
@@ -135,7 +135,7 @@ _CARTOON = {
     "bus": _Surface("e83020 f08020 30a0e0", .01), "train": _Surface("20a080 30b090", .02),
     "motorcycle": _Surface("40302a a02020 2a303a", .02), "bicycle": _Surface("3060a0 a03030 404040", .02)}
 
-# %% ../nbs/00_streets.ipynb #e5f5a939
+# %% ../nbs/00_streets.ipynb #f496256f
 _CAMERA = {
     "road": _Surface("6a6764 737069 5f5e5d", .06, (.35, 1.6)),
     "sidewalk": _Surface("58565a 66615c 504f52", .09, (.8, .8), "planks", .25),
@@ -155,18 +155,18 @@ _CAMERA = {
     "bicycle": _Surface("4a3a34 3a3434 55504c", .05)}
 _LOOKS = {"engine": _ENGINE, "cartoon": _CARTOON, "camera": _CAMERA}
 
-# %% ../nbs/00_streets.ipynb #cd3d1771
+# %% ../nbs/00_streets.ipynb #49308ca9
 def _rgb(text): return tuple(int(text[i:i + 2], 16) / 255 for i in (0, 2, 4))
 
 _ANCHORS = {domain: {name: [_rgb(c) for c in surface.colors.split()] for name, surface in look.items()}
             for domain, look in _LOOKS.items()}
 
-# %% ../nbs/00_streets.ipynb #d392bf02
+# %% ../nbs/00_streets.ipynb #5ded7a56
 _AIR = { # its colour, how far we see, and the sensor's noise
     "engine": ((.72, .80, .90), 700., .006), "cartoon": ((.8, .9, 1.), 900., 0.),
     "camera": ((.74, .76, .78), 500., .01)}
 
-# %% ../nbs/00_streets.ipynb #7b9abaf1
+# %% ../nbs/00_streets.ipynb #4cc53cad
 _LAYOUT = { # expected numbers, weights, probabilities and sizes in metres, for each of DOMAINS
     "horizon": (.45, .38, .43), "focal": (1.2, 1.05, 1.32), "eye": (1.8, 2.6, 1.5), # of the camera
     "road": (4.6, 6., 3.9), "sidewalk": (3.2, 4.4, 3.6), "verge": (.5, 0., .45), # half width, width, chance of grass
@@ -181,13 +181,13 @@ def _layout(domain, shift):
     own = DOMAINS.index(domain)
     return SimpleNamespace(**{name: v[own] and v[0] + shift * (v[own] - v[0]) for name, v in _LAYOUT.items()})
 
-# %% ../nbs/00_streets.ipynb #1841317c
+# %% ../nbs/00_streets.ipynb #a8549998
 _ID = {name: i for i, name in enumerate(CITYSCAPES_CLASSES)}
 
 def _mix(a, b, t): return a[0] + t * (b[0] - a[0]), a[1] + t * (b[1] - a[1]), a[2] + t * (b[2] - a[2])
 def _dim(a, k): return a[0] * k, a[1] * k, a[2] * k
 
-# %% ../nbs/00_streets.ipynb #d1e7b0d4
+# %% ../nbs/00_streets.ipynb #12b301b6
 class _Scene(_Canvas):
     "A canvas that knows the street's planes and the domain's colours."
     def __init__(self, domain, size, view, dice, layout):
@@ -205,7 +205,7 @@ class _Scene(_Canvas):
         a = _mix(pick(_ANCHORS["engine"][name]), pick(_ANCHORS["engine"][name]), between(0, .5))
         return _dim(_mix(a, _mix(pick(own), pick(own), between(0, .5)), self.reach[name]), shade * between(.95, 1.05))
 
-# %% ../nbs/00_streets.ipynb #27380d7a
+# %% ../nbs/00_streets.ipynb #f25f6247
 def _front(s, name, colour, Z, points, textured=0):
     "A convex polygon of (X, Y) that faces the camera."
     x, y = s.view.x, s.view.y
@@ -222,7 +222,7 @@ def _disc(s, name, colour, Z, X, Y, rx, ry=None, textured=0):
     v, k = s.view, s.view.focal / Z
     s.paint(_ellipse(s, v.x(X, Z), v.y(Y, Z), rx * k, (ry or rx) * k), _ID[name], *colour, textured, 1 / Z, 0, 0)
 
-# %% ../nbs/00_streets.ipynb #3c6d50fb
+# %% ../nbs/00_streets.ipynb #787a1b7c
 def _side(s, name, colour, X, points, textured=0):
     "A convex polygon of (Z, Y) on the plane of one X, along the street."
     v, X = s.view, X if abs(X) > .05 else .05
@@ -247,7 +247,7 @@ def _shadow(s, x0, x1, z0, z1, light):
     rows, cols, mask = _flat(s, x0, x1, z0, z1)
     if mask is not False: np.copyto(s.light[rows, cols], light, where=mask)
 
-# %% ../nbs/00_streets.ipynb #2cbb4470
+# %% ../nbs/00_streets.ipynb #7e7ef95a
 def _sky_and_ground(s):
     "The sky as a ceiling high above, the land below, sidewalks with curbs, a strip of grass, the road."
     rows, cols = s.window(-9, 9, 0, 1)
@@ -279,7 +279,7 @@ def _marks(s):
     for i in range(int((s.right - s.left) / 1.1) if chance(.35) else 0):
         _ground(s, "road", white, s.left + .4 + i * 1.1, s.left + .95 + i * 1.1, z, z + 3)
 
-# %% ../nbs/00_streets.ipynb #4181ae9d
+# %% ../nbs/00_streets.ipynb #7d32f413
 def _tree(s, X, Z, height):
     "A trunk, and a crown of ellipses, darker below."
     between, width = s.dice.between, height * s.dice.between(.22, .34)
@@ -301,7 +301,7 @@ def _building(s, sign, X, z0, z1):
         _flank(s, "building", _mix(shop, (.12, .13, .16), .7), X, z, z + between(1.1, 1.8), 0, 2.3)
     _flank(s, "building", _dim(colour, lit * 1.18), X, z0, z1, height - .5, height)
 
-# %% ../nbs/00_streets.ipynb #f601620f
+# %% ../nbs/00_streets.ipynb #b901f497
 def _barrier(s, name, sign, X, z0, z1):
     "A wall or a fence along the sidewalk; trees or a house behind it."
     between, lit = s.dice.between, 1. if sign != s.sun else .75
@@ -319,7 +319,7 @@ def _park(s, sign, X, z0, z1):
     if s.dice.chance(.3):
         _flank(s, "vegetation", s.colour("vegetation", .8), X + sign * .4, z0, z1, 0, between(.7, 1.6), 1)
 
-# %% ../nbs/00_streets.ipynb #4ab6f00b
+# %% ../nbs/00_streets.ipynb #2062fcbb
 def _skyline(s):
     "What closes the street far away."
     for x in range(-100, 100, 12):
@@ -341,7 +341,7 @@ def _lots(s):
             elif kind == "park": _park(s, sign, X, z0, z1)
             else: _barrier(s, kind, sign, X, z0, z1)
 
-# %% ../nbs/00_streets.ipynb #20d1de4c
+# %% ../nbs/00_streets.ipynb #7d5095c0
 def _pole(s, X, Z):
     "A street lamp whose arm reaches over the road."
     colour, height, tip = s.colour("pole"), s.dice.between(5, 8), X + (-1 if X > 0 else 1) * s.dice.between(1, 2)
@@ -357,7 +357,7 @@ def _light(s, X, Z):
     for i, lamp in enumerate(((.2, .9, .4), (1., .75, .2), (1., .15, .1))):
         _disc(s, "traffic light", lamp if i == on else _dim(lamp, .25), Z, X, Y + .22 + .4 * i, .15)
 
-# %% ../nbs/00_streets.ipynb #051ab0b2
+# %% ../nbs/00_streets.ipynb #658fa0f6
 def _sign(s, X, Z):
     "A traffic sign on its pole: a disc, a square or a triangle, often with a white inside."
     Y, r, shape = s.dice.between(2.2, 2.9), s.dice.between(.36, .55), s.dice.pick((0, 1, 2))
@@ -369,7 +369,7 @@ def _sign(s, X, Z):
         elif shape == 1: _panel(s, "traffic sign", c, Z, X - q, X + q, Y - q, Y + q)
         else: _front(s, "traffic sign", c, Z, ((X - 1.1 * q, Y - .7 * q), (X + 1.1 * q, Y - .7 * q), (X, Y + 1.2 * q)))
 
-# %% ../nbs/00_streets.ipynb #7786a86e
+# %% ../nbs/00_streets.ipynb #80b83a86
 def _figure(s, name, X, Z, low, h, stride):
     "Legs, arms, trunk and head: a person who walks, or a rider who sits."
     skin, cloth = _mix((.82, .62, .5), (.42, .28, .2), s.dice.between(0, 1)), s.colour(name)
@@ -383,7 +383,7 @@ def _figure(s, name, X, Z, low, h, stride):
     _disc(s, name, skin, Z, X, low + .91 * h, .065 * h, .085 * h)
     _disc(s, name, cloth if name == "rider" else (.15, .11, .08), Z, X, low + .955 * h, .07 * h, .05 * h)
 
-# %% ../nbs/00_streets.ipynb #d56058b6
+# %% ../nbs/00_streets.ipynb #ffc2b94e
 def _person(s, X, Z):
     "Someone on foot."
     _shadow(s, X - .5, X + .5, Z - .25, Z + .25, .55)
@@ -403,7 +403,7 @@ def _two_wheels(s, X, Z, name, turn, rider):
     _panel(s, name, _dim(colour, .6), Z, X + half * .6 - bar, X + half * .6 + bar, top + .38, top + .48)
     if rider: _figure(s, "rider", X - half * .1, Z - .01, top - .25, s.dice.between(1.4, 1.6), .1 + .1 * turn)
 
-# %% ../nbs/00_streets.ipynb #5c5c3b29
+# %% ../nbs/00_streets.ipynb #4c877b80
 def _box(s, name, colour, X, Z, size, low, textured=1):
     "A cuboid (width, height, length) on wheels: its shadow, the flank towards us, its face."
     w, h, length = size
@@ -423,7 +423,7 @@ def _wheels(s, name, near, Z, length, r):
     for z in (Z + length * .2, Z + length * .8):
         _side(s, name, (.06, .06, .07), near, [(z + r * a, r + r * b) for a, b in rim])
 
-# %% ../nbs/00_streets.ipynb #51d8ab46
+# %% ../nbs/00_streets.ipynb #8c684fa3
 def _car(s, X, Z):
     "Body, cabin, panes, wheels, plate and lamps: red on the right half, where we see cars from behind."
     colour, glass, w, roof = s.colour("car"), (.16, .19, .23), s.dice.between(1.7, 1.9), s.dice.between(1.42, 1.65)
@@ -442,7 +442,7 @@ def _car(s, X, Z):
     _panel(s, "car", (.85, .85, .8), Z, X - .25, X + .25, .48, .6)
     _panel(s, "car", _dim(colour, .4), Z, X - half, X + half, .28, .4)
 
-# %% ../nbs/00_streets.ipynb #c8abdccd
+# %% ../nbs/00_streets.ipynb #2d821cbc
 def _truck(s, X, Z):
     "A cargo box: doors where we follow it, a cab where it comes towards us."
     colour, height, length = s.colour("truck"), s.dice.between(2.9, 3.7), s.dice.between(6, 9)
@@ -464,7 +464,7 @@ def _bus(s, X, Z):
     _panel(s, "bus", glass, Z - .01, X - 1.1, X + 1.1, 1.3, height - .55)
     _panel(s, "bus", (.95, .7, .2), Z - .01, X - .7, X + .7, height - .42, height - .18)
 
-# %% ../nbs/00_streets.ipynb #d3a512bb
+# %% ../nbs/00_streets.ipynb #a78800ba
 def _train(s, X, Z):
     "A tram: along the lane, or across the street."
     colour, height, glass, length = s.colour("train"), s.dice.between(3.3, 3.8), (.13, .15, .18), s.dice.between(18, 28)
@@ -483,7 +483,7 @@ def _train(s, X, Z):
     _panel(s, "train", glass, Z - .01, X - 1., X + 1., 1.6, height - .5)
     _panel(s, "train", (.95, .9, .7), Z - .01, X - .9, X + .9, .7, .9)
 
-# %% ../nbs/00_streets.ipynb #625008d9
+# %% ../nbs/00_streets.ipynb #b9e403f8
 def _things(s):
     "Everything that stands in the street, where such things stand: (Z, how to draw it, X, ...), far to near."
     d, lay, things = s.dice, s.layout, []
@@ -509,7 +509,7 @@ def _things(s):
     for _ in repeat(lay.trees): add(_tree, d.pick((s.left - 1., s.right + 1.)), depth(8, 50), d.between(4, 8))
     return sorted(things, key=lambda thing: -thing[0])
 
-# %% ../nbs/00_streets.ipynb #4d0f5466
+# %% ../nbs/00_streets.ipynb #0eb51fe8
 def _draw_scene(domain, size, dice, layout_shift):
     "Lay out a street and paint its pieces from far to near."
     lay, between = _layout(domain, layout_shift), dice.between
@@ -526,7 +526,7 @@ def _draw_scene(domain, size, dice, layout_shift):
     for Z, draw, X, *more in _things(s): draw(s, X, Z, *more)
     return s
 
-# %% ../nbs/00_streets.ipynb #3af8ff14
+# %% ../nbs/00_streets.ipynb #280916cc
 def _noise(table, u, v):
     "Value noise: a table of random numbers, interpolated between the corners of each cell."
     iu, iv = np.floor(u), np.floor(v)
@@ -547,7 +547,7 @@ def _surfaces(s):
         rows.append((grain, *chosen.cell, chosen.strength, *_PATTERNS[chosen.pattern]))
     return np.array(rows, np.float32)
 
-# %% ../nbs/00_streets.ipynb #95aca8fd
+# %% ../nbs/00_streets.ipynb #69145811
 def _where(s, a, b, c):
     "Depth of every sample, and its place on its surface: metres along and metres up (or ahead, on the ground)."
     x, y = s.xs[None].astype(np.float32), (s.ys[:, None] - s.view.horizon).astype(np.float32)
@@ -571,20 +571,20 @@ def _light_up(s, haze, distance):
     fog = z / (z + distance)
     return np.stack([(c + ink * (i - c)) * light * (1 - fog) + fog * h for c, i, h in zip((r, g, b), _INK, haze)])
 
-# %% ../nbs/00_streets.ipynb #b59243b8
+# %% ../nbs/00_streets.ipynb #16d4ebae
 def _average(c):
     "From the lattice to the picture: each pixel is a 1-2-1 average around its centre."
     c = .25 * (c[:, 0:-2:2] + c[:, 2::2]) + .5 * c[:, 1::2]
     return .25 * (c[:, :, 0:-2:2] + c[:, :, 2::2]) + .5 * c[:, :, 1::2]
 
-# %% ../nbs/00_streets.ipynb #02401971
+# %% ../nbs/00_streets.ipynb #013344ce
 def _blur(c, amount):
     "A picture mixed with its 1-2-1 average over neighbours."
     p = np.pad(c, ((0, 0), (1, 1), (1, 1)), mode="edge")
     p = .25 * (p[:, :-2] + p[:, 2:]) + .5 * p[:, 1:-1]
     return c + amount * (.25 * (p[:, :, :-2] + p[:, :, 2:]) + .5 * p[:, :, 1:-1] - c)
 
-# %% ../nbs/00_streets.ipynb #5cd03e8a
+# %% ../nbs/00_streets.ipynb #ca92aafb
 def _camera(s, c):
     "What a camera adds, unevenly: less colour, a shadow over a part, glare, mist, dusk, tint, vignette, blur."
     between, chance, h, (_, rows, cols) = s.dice.between, s.dice.chance, s.hardness, c.shape
@@ -609,7 +609,7 @@ def _sensor(c, dice, sigma):
     a, b, d = dice.many(3 * c.size).reshape(3, *c.shape)
     return c + 2 * sigma * (a + b + d - 1.5) * np.sqrt(.15 + np.maximum(c, 0))
 
-# %% ../nbs/00_streets.ipynb #878525c6
+# %% ../nbs/00_streets.ipynb #6c2e4657
 def _check(domain, index, size, split, seed, layout_shift):
     "One clear sentence for each wrong argument."
     if domain not in DOMAINS: raise ValueError(f"domain is {domain!r}; expected one of {', '.join(DOMAINS)}")
@@ -621,7 +621,7 @@ def _check(domain, index, size, split, seed, layout_shift):
     if not 0 <= layout_shift <= 1:
         raise ValueError(f"layout_shift is {layout_shift}; expected 0 (the engine's streets) to 1 (the domain's own)")
 
-# %% ../nbs/00_streets.ipynb #74dc1af7
+# %% ../nbs/00_streets.ipynb #99a2eb19
 def draw_street(
     domain: str, # one of DOMAINS
     index: int, # 0 and up: which street

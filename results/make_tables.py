@@ -7,10 +7,10 @@ import json
 import sys
 from pathlib import Path
 
-from mlan.comparison import Table, ablation_figure
+from mlan.comparison import Table, ablation_figure, paired_difference, summary
 from mlan.experiments import PAIRS, Row, read_records, row_records, row_scores
 from mlan.paper_tables import PAPER_MIOU, STEPS
-from mlan.results import ablation, outcome_table, pairs_table
+from mlan.results import WORDS, ablation, answer, outcome_table, pairs_table, tally
 
 HERE = Path(__file__).parent
 BEGIN, END = "<!-- results: made by results/make_tables.py -->", "<!-- end of results -->"
@@ -35,7 +35,34 @@ def tables() -> str:
     main, first = ablation(runs, "streets", MAIN, STEPS).methods, row_records(runs, Row("source_only"), PAIRS["streets"])
     return "\n\n".join([f"**{PAIRS['streets'].source} to {PAIRS['streets'].target}**, {about(first)}:", main.markdown(),
                         "**Each step that the paper takes**, here: *reproduced* or *contradicted* where the 95 % interval leaves out zero:",
-                        outcome_table(runs).markdown(), "**All pairs**, mIoU on test:", pairs_table(runs).markdown()])
+                        outcome_table(runs).markdown(), "**All pairs**, mIoU on test:", pairs_table(runs).markdown(),
+                        "What these records say (differences in points, with their 95 % interval):", told(runs)])
+
+
+def told(runs: list) -> str:
+    "What the records of the built-in pair say, in sentences."
+    def level(row, pair="streets"):
+        scores = row_scores(runs, [row], PAIRS[pair])[row.name].values()
+        return summary(scores).told if scores else "not run"
+
+    counts = dict(zip(WORDS, tally(outcome_table(runs)).rows[0][1:]))
+    raw = Row("cr_al", set=(("map_weights", "raw"),))
+    both = Row("cr_al"), Row("source_only")
+    gains = {pair: paired_difference(row_scores(runs, both, PAIRS[pair]), "cr_al", "source_only") for pair in PAIRS}
+    lost = [f"{PAIRS[p].source} to {PAIRS[p].target} ({level(both[0], p)} against {level(both[1], p)})" for p, d in gains.items()
+            if d and d.mean < 0]
+    return "\n".join("- " + line for line in (
+        f"**The paper's steps:** of {len(STEPS)}, {counts['reproduced']} are reproduced, {counts['contradicted']} contradicted, "
+        f"{counts['open']} open.",
+        "**The maps:** " + answer(runs, "cr_al", {"rl_al_and_il_al": "the plain sum of its games",
+                                                  "cr_al map_weights=shuffled": "its own maps at shuffled places"}),
+        f"**Their scale:** with raw maps, as printed, CR-AL ends at {level(raw)}; the `quick` profile gives them mean 1.",
+        "**What costs less:** " + answer(runs, "cr_al", {"adabn": "AdaBN (no training)", "fda": "FDA (some frequencies swapped)"}),
+        "**Translation:** " + answer(runs, "cr_al+rit", {"cr_al": "CR-AL", "cr_al+it": "the unweighted pair",
+                                                         "cr_al+fda": "CR-AL with FDA"}),
+        "**Self-training:** " + answer(runs, "cr_al+rst", {"cr_al": "CR-AL", "cr_al+st": "ST",
+                                                           "cr_al+continued": "CR-AL trained on for as long"}),
+        "**It can hurt:** CR-AL stays below source only on " + (", ".join(lost) or "no pair") + " (one seed; weights from another pair)."))
 
 
 def picture():
