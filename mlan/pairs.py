@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PairData', 'open_datasets', 'fingerprints', 'digest', 'open_pair', 'agreed', 'dataset_name']
 
-# %% ../nbs/16_pairs.ipynb #e74bb5ba
+# %% ../nbs/16_pairs.ipynb #7d63f605
 import hashlib
 import json
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from .samples import Samples, check_dataset
 from .settings import Settings
 from .trainer import processes
 
-# %% ../nbs/16_pairs.ipynb #a934d9a1
+# %% ../nbs/16_pairs.ipynb #696bf639
 @dataclass
 class PairData:
     "A source and a target, opened, mapped to shared classes and checked."
@@ -48,7 +48,7 @@ class PairData:
     def images(self) -> dict:  # how many a split
         return {k: len(getattr(self, k) or ()) for k in ("source", "target", "val", "test")}
 
-# %% ../nbs/16_pairs.ipynb #0ff64c97
+# %% ../nbs/16_pairs.ipynb #6d6f183e
 _OF_TARGET = {"train": "n_target", "val": "n_val", "test": "n_test"}
 
 
@@ -69,12 +69,12 @@ def fingerprints(trained, target, val, test) -> dict:
     "What the data was, in fingerprints."
     return {"source": trained.fingerprint(), "target": target.fingerprint(), "val": val.fingerprint(), "test": test.fingerprint()}
 
-# %% ../nbs/16_pairs.ipynb #326e371d
+# %% ../nbs/16_pairs.ipynb #9bc90f14
 def digest(*parts) -> str:
     "Twelve hexadecimal digits that change when any part does."
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
-# %% ../nbs/16_pairs.ipynb #6022284f
+# %% ../nbs/16_pairs.ipynb #681f6a86
 def open_pair(settings: Settings, source=None, target=None,
               stages: Path | None = None,  # folder in which it is noted what was found whole; by default nowhere
               ) -> PairData:
@@ -110,7 +110,7 @@ def _check(opened, seen) -> list:
         write_whole(seen, lambda part: part.write_text(json.dumps(notes)))
     return notes
 
-# %% ../nbs/16_pairs.ipynb #ee145ad3
+# %% ../nbs/16_pairs.ipynb #071d629b
 def dataset_name(spec) -> str:
     "What settings and messages call a data set: its own words, or its fingerprint."
     if isinstance(spec, str):
