@@ -6,7 +6,7 @@
 __all__ = ['WORDS', 'coverage_table', 'outcome_table', 'tally', 'repeat_differences', 'ablation', 'order_table', 'answer',
            'pairs_table', 'search_table', 'weight_curves', 'diagnoses', 'agreement_table']
 
-# %% ../nbs/25_results.ipynb #76a069b5
+# %% ../nbs/25_results.ipynb #22608558
 from statistics import mean
 
 from .comparison import (AblationTables, Table, ablation_table, paired_difference, rank_agreement, rank_agreement_interval,
@@ -16,7 +16,7 @@ from .experiments import FACTORS, PAIRS, TABLES, Row, chosen_trial, experiment_k
 from .paper_tables import PAPER_MIOU, STEPS, gain
 from .report import method_title
 
-# %% ../nbs/25_results.ipynb #1e25b5f9
+# %% ../nbs/25_results.ipynb #fac2b57d
 def _in_order(tables) -> list:
     "Rows of tables: the paper's in its order, then the others; of two with the same settings the first."
     rows = sorted((row for table in tables for row in TABLES[table]), key=lambda row: [*PAPER_MIOU, row.name].index(row.name))
@@ -41,7 +41,7 @@ def coverage_table(records: list) -> Table:
                 lines.append((pair, table, f"{sum(map(bool, found))} of {len(rows)}", str(len(seeds)), str(len(runs)), f"{hours:.1f}"))
     return Table(("pair", "table", "rows run", "seeds", "runs", "hours"), lines)
 
-# %% ../nbs/25_results.ipynb #205e68f0
+# %% ../nbs/25_results.ipynb #b1e71103
 def outcome_table(records: list, steps=STEPS, pairs=tuple(PAIRS)) -> Table:
     "The paper's steps on every pair."
     rows = _in_order(("1", "2"))
@@ -54,7 +54,7 @@ def outcome_table(records: list, steps=STEPS, pairs=tuple(PAIRS)) -> Table:
 
 def _outcome(claim, ours): return f"{verdict(claim, ours)} {ours.told}" if ours else "not run"
 
-# %% ../nbs/25_results.ipynb #00c9bb4c
+# %% ../nbs/25_results.ipynb #77a65e73
 WORDS = ("reproduced", "contradicted", "open", "not run")
 
 
@@ -63,7 +63,7 @@ def tally(table: Table) -> Table:
     told = {head: [next(w for w in WORDS if line[j].startswith(w)) for line in table.rows] for j, head in enumerate(table.heads) if j > 1}
     return Table(("pair", *WORDS), [(pair, *(str(words.count(w)) for w in WORDS)) for pair, words in told.items()])
 
-# %% ../nbs/25_results.ipynb #fc16f6f2
+# %% ../nbs/25_results.ipynb #dc7993da
 def repeat_differences(records: list, others: list) -> dict:  # {method: [points, one a seed]}
     "mIoU of experiments minus that of the same experiments in another list."
     there = {experiment_key(r["settings"]): r["miou"] for r in others}
@@ -74,7 +74,7 @@ def repeat_differences(records: list, others: list) -> dict:  # {method: [points
             found.setdefault(r["method"], []).append(r["miou"] - there[experiment_key(r["settings"])])
     return found
 
-# %% ../nbs/25_results.ipynb #08df7a05
+# %% ../nbs/25_results.ipynb #3d647a7b
 def ablation(records: list, pair: str, tables, steps, base: str = "source_only") -> AblationTables:
     "Tables of rows and of claims on one pair: the paper's numbers, ours, and the differences."
     rows = _in_order(tables)
@@ -83,7 +83,7 @@ def ablation(records: list, pair: str, tables, steps, base: str = "source_only")
     claims = [two for two in steps if set(two) <= set(scores)]
     return ablation_table(scores, paper, base, claims, {row.name: row.title for row in rows})
 
-# %% ../nbs/25_results.ipynb #fa54ab5f
+# %% ../nbs/25_results.ipynb #4e79eb29
 def order_table(records: list, pairs=tuple(PAIRS)) -> Table:
     "Rank agreement with Tables 1 and 2 on each pair."
     lines = []
@@ -99,7 +99,7 @@ def order_table(records: list, pairs=tuple(PAIRS)) -> Table:
             lines.append((pair, table, str(found.n), f"{found.tau:+.2f}", each, swapped))
     return Table(("pair", "table", "rows", "tau", "seed by seed", "in the other order here"), lines)
 
-# %% ../nbs/25_results.ipynb #4c04b8d1
+# %% ../nbs/25_results.ipynb #9f4e14ed
 def answer(records: list, row: str, bases: dict,  # {row to beat: as a sentence names it}
            pair: str = "streets") -> str:
     "What our runs say of one row against some others, in a sentence."
@@ -111,7 +111,7 @@ def answer(records: list, row: str, bases: dict,  # {row to beat: as a sentence 
     end = f"It is clearly above {', '.join(beaten)} and no other of these." if beaten else "It is clearly above none of these."
     return f"{method_title(row)} stands {'; '.join(parts)}. {end}"
 
-# %% ../nbs/25_results.ipynb #325b7833
+# %% ../nbs/25_results.ipynb #6e565ff1
 def pairs_table(records: list, tables=("1", "2", "references", "controls")) -> Table:
     "Mean and deviation of every row on every pair; the best of each pair bold, the oracle apart."
     rows, told, best = _in_order(tables), {}, set()
@@ -123,7 +123,7 @@ def pairs_table(records: list, tables=("1", "2", "references", "controls")) -> T
     lines = [(row.title, *(told[c][i] for c in told)) for i, row in enumerate(rows)]
     return Table(("method", *PAIRS), lines, frozenset(best))
 
-# %% ../nbs/25_results.ipynb #278776fd
+# %% ../nbs/25_results.ipynb #f85e5b02
 def search_table(records: list, pair: str = "streets", tables=("1", "2", "references", "controls")) -> Table:
     "The search of equal budget: mIoU on val, lower, as it is, higher; and what the choice changes on test."
     lines, bold = [], set()
@@ -138,7 +138,7 @@ def search_table(records: list, pair: str = "streets", tables=("1", "2", "refere
             lines.append((row.title, *values, own, f"{(found[best]['miou'] or 0) - (found[0]['miou'] or 0):+.1f}"))
     return Table(("method", "lower", "as it is", "higher", "best on val", "on test"), lines, frozenset(bold))
 
-# %% ../nbs/25_results.ipynb #b06e9155
+# %% ../nbs/25_results.ipynb #d82db70b
 def weight_curves(records: list, weight: str,  # "lambda_ent" or "lambda_image"
                   methods, pair: str = "streets") -> dict:  # {title: {factor: {(data_seed, seed): mIoU}}}
     "Scores over multiples of one weight, for `parameter_figure`."
@@ -147,13 +147,13 @@ def weight_curves(records: list, weight: str,  # "lambda_ent" or "lambda_image"
         return row_scores(records, [row], PAIRS[pair])[row.name]
     return {method_title(m): {f: at(m, f) for f in FACTORS} for m in methods}
 
-# %% ../nbs/25_results.ipynb #b535e346
+# %% ../nbs/25_results.ipynb #7fbe6ccd
 def diagnoses(records: list, pair: str = "streets") -> list:  # of (data_seed, seed, diagnosis)
     "What was seen inside CR-AL."
     found = row_records(records, Row("cr_al"), PAIRS[pair])
     return [(r["data_seed"], r["seed"], r["diagnosis"]) for r in found if "diagnosis" in r]
 
-# %% ../nbs/25_results.ipynb #41aba8c4
+# %% ../nbs/25_results.ipynb #a8bbee81
 def agreement_table(found: list,  # from `diagnoses`
                       measures=("regions", "within", "between", "auc", "beyond_entropy")) -> Table:
     "How far each map agrees with the error of the network: means over seeds."
