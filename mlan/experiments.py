@@ -7,7 +7,7 @@ __all__ = ['BENCHMARK', 'PAIRS', 'ADVERSARIAL', 'FACTORS', 'TABLES', 'CONTROL_ST
            'experiment_key', 'row_records', 'row_scores', 'chosen_trial', 'read_records', 'append_record', 'planned',
            'expected_seconds', 'measure', 'run_missing', 'missing']
 
-# %% ../nbs/22_experiments.ipynb #77b67f66
+# %% ../nbs/22_experiments.ipynb #28fa71e5
 import json
 import sys
 import time
@@ -30,10 +30,10 @@ from .stages import Run, walk
 from .train import run_mlan
 from .trainer import TrainingError
 
-# %% ../nbs/22_experiments.ipynb #b923b026
+# %% ../nbs/22_experiments.ipynb #9702b54b
 BENCHMARK = 1  # version of the built-in data and its splits
 
-# %% ../nbs/22_experiments.ipynb #fdcb9a5c
+# %% ../nbs/22_experiments.ipynb #3a5371c0
 @dataclass(frozen=True)
 class Pair:
     "A source and a target, and the settings that they need."
@@ -48,7 +48,7 @@ PAIRS = {"streets": Pair("streets:engine", "streets:camera"),
          "streets_camvid": Pair("streets:engine", "camvid", _CAMVID),
          "airsim_camvid": Pair("airsim_nh", "camvid", _CAMVID)}
 
-# %% ../nbs/22_experiments.ipynb #acabf3a6
+# %% ../nbs/22_experiments.ipynb #ee0ea460
 @dataclass(frozen=True)
 class Row:
     "A row of a table, or a point of a figure."
@@ -75,7 +75,7 @@ def row_settings(row: Row, pair: Pair, profile: str = "quick",
     scaled = {k: getattr(usual, k) * factor for k, factor in row.times}
     return make_settings(pair.source, pair.target, row.method, profile, **{**given, **scaled})
 
-# %% ../nbs/22_experiments.ipynb #f1ccaae9
+# %% ../nbs/22_experiments.ipynb #cf1c25aa
 ADVERSARIAL = {"rl_al": "lambda_ent", "regularized_rl_al": "lambda_ent", "il_al": "lambda_image", "regularized_il_al": "lambda_image"}
 FACTORS = (0.2, 0.6, 1, 1.4, 1.8)  # of Figures 5 and 6
 
@@ -99,12 +99,12 @@ TABLES = {
         Row("cr_al", set=(("reading", "literal"),)), Row("cr_al", set=(("pooling", "adaptive"),)),
         Row("cr_al", set=(("map_weights", "raw"),), times=(("lambda_ent", 1 / 3), ("lambda_image", 4))))}  # means of M_image, M_region
 
-# %% ../nbs/22_experiments.ipynb #23065bc4
+# %% ../nbs/22_experiments.ipynb #809d9c58
 CONTROL_STEPS = (  # (row, the control that it has to beat)
     ("cr_al", "adabn"), ("cr_al", "fda"), ("cr_al", "rl_al_and_il_al"), ("cr_al", "cr_al map_weights=shuffled"),
     ("cr_al", "il_al_and_rll"), ("cr_al+st", "cr_al+continued"), ("cr_al+rst", "cr_al+continued"), ("cr_al+rit", "cr_al+fda"))
 
-# %% ../nbs/22_experiments.ipynb #efc0d954
+# %% ../nbs/22_experiments.ipynb #9155d069
 _ALL = "lambda_region lambda_ent lambda_image"
 _OWN = {"source_only": "lr", "adabn": "lr", "oracle": "lr", "rll": "lambda_region", "fda": "fourier_beta",
         "rl_al": "lambda_region lambda_ent", "regularized_rl_al": "lambda_region lambda_ent", "il_al": "lambda_image",
@@ -124,7 +124,7 @@ def trials(row: Row) -> tuple:  # of Row, the row itself first
 
 TABLES["search"] = tuple(trial for table in ("1", "references", "2", "controls") for row in TABLES[table] for trial in trials(row))
 
-# %% ../nbs/22_experiments.ipynb #86a1183a
+# %% ../nbs/22_experiments.ipynb #200332ee
 _SEEDS = ("seed", "data_seed")
 
 
@@ -133,7 +133,7 @@ def experiment_key(settings: Settings | dict,  # or those of a record
                    ) -> str:
     "Names an experiment: equal for equal settings and equal version of the benchmark."
     values = settings if isinstance(settings, dict) else asdict(settings)
-    values = {**asdict(Settings()), **PROFILES[values["profile"]], **values}
+    values = {**asdict(Settings()), **PROFILES.get(values["profile"], {}), **values}
     left = RUNTIME_SETTINGS + (() if seeds else _SEEDS)
     return digest(BENCHMARK, {**{k: v for k, v in values.items() if k not in left}, "weights": Path(values["weights"]).name})
 
@@ -158,7 +158,7 @@ def chosen_trial(records: list, row: Row, pair: Pair, profile: str = "quick") ->
         return found[0] if found and found[0] is not None else -1.0
     return max(trials(row), key=val)
 
-# %% ../nbs/22_experiments.ipynb #3bf62c48
+# %% ../nbs/22_experiments.ipynb #c915c423
 def read_records(path: str | Path) -> list:  # of dict; [] where there is no file
     "The records of a file; ValueError names a line that is none."
     lines = Path(path).read_text(encoding="utf-8").splitlines() if Path(path).exists() else []
@@ -178,7 +178,7 @@ def append_record(record: dict, path: str | Path):
         text = old + "\n" * (old[-1:] not in ("", "\n")) + json.dumps(record) + "\n"
         write_whole(Path(path), lambda part: part.write_text(text, encoding="utf-8"))
 
-# %% ../nbs/22_experiments.ipynb #eb7abe47
+# %% ../nbs/22_experiments.ipynb #8ec9fa99
 def planned(tables,  # keys of TABLES
             pairs=("streets",),  # keys of PAIRS
             profile: str = "quick", seeds=(0,), data_seeds=(0,),
@@ -197,7 +197,7 @@ def planned(tables,  # keys of TABLES
         found.setdefault(experiment_key(settings), settings)
     return [*found.values()]
 
-# %% ../nbs/22_experiments.ipynb #1f27ab38
+# %% ../nbs/22_experiments.ipynb #540b13e0
 def expected_seconds(settings: Settings, records: list) -> float:
     "What the longest run of this method (of any, if it was not run) took with all its stages, by pixels and steps; 0 if nothing was run."
     def amount(s): return s["size"][0] * s["size"][1] * (s["steps"] + s["warmup_steps"])
@@ -220,7 +220,7 @@ def _taken(file: Path):  # True if this runner has it
     finally:
         lock.release()
 
-# %% ../nbs/22_experiments.ipynb #78c2d6e3
+# %% ../nbs/22_experiments.ipynb #99342f53
 _NAMES = ("method", "source", "target", "profile", "seed", "data_seed")
 
 
@@ -241,7 +241,7 @@ def measure(settings: Settings, folder: Path, progress: bool = False) -> dict:  
         record["cost"]["diagnosis"] = round(time.time() - began, 1)
     return {"benchmark": BENCHMARK, **record}
 
-# %% ../nbs/22_experiments.ipynb #414f4316
+# %% ../nbs/22_experiments.ipynb #5b4912b2
 def run_missing(plan: list,  # of Settings, from `planned`
                 records: str | Path,  # the file
                 folder: str | Path,  # of runs and shared stages

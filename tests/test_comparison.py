@@ -202,7 +202,7 @@ def test_ablation_table_tells_what_was_measured():
     assert methods.rows[0] == ("Baseline", "36.6", "", "36.0 ± 2.0", "3", "")
     assert methods.rows[1] == ("RLL", "39.3", "+2.7", "37.2 ± 2.3", "3", "+1.2 [+0.4, +1.9]")
     assert methods.rows[3] == ("CR-AL", "49.1", "+12.5", "43.0", "1", "+5.0 (1 seed)")
-    assert methods.rows[4] == ("fda", "", "", "34.7 ± 2.5", "3", "-1.3 [-2.8, +0.1]")
+    assert methods.rows[4] == ("FDA", "", "", "34.7 ± 2.5", "3", "-1.3 [-2.8, +0.1]")
     assert [row[3:] for row in comparisons.rows] == [
         ("reproduced", "clear"), ("not run", ""), ("open", ""), ("open", "not clear")]
     assert comparisons.heads[-1] == "among all 2 (Holm)"

@@ -53,7 +53,9 @@ def test_records_are_those_of_run_mlan_and_say_which_benchmark(whole):
     for record in read_records(whole / "records.jsonl"):
         out = whole / "runs" / f"{record['method']}-{experiment_key(record['settings'])}"
         own = json.loads((out / "result.json").read_text())
-        assert {k: record[k] for k in own} == own and record["benchmark"] == BENCHMARK
+        diagnosed = {k: v for k, v in record["cost"].items() if k == "diagnosis"}
+        assert {**{k: record[k] for k in own}, "cost": {**record["cost"]}} == {**own, "cost": {**own["cost"], **diagnosed}}
+        assert record["benchmark"] == BENCHMARK and bool(diagnosed) == (record["method"] == "cr_al")
         assert ("diagnosis" in record) == (record["method"] == "cr_al")
 
 
@@ -64,7 +66,7 @@ def test_shared_stages_are_made_once(whole):
 
 def test_a_budget_stops_before_a_run_that_would_not_end_in_time(whole, tmp_path):
     known = read_records(whole / "records.jsonl")
-    long = [{**r, "seconds": 1000.0, "settings": {**r["settings"], "seed": 7}} for r in known]
+    long = [{**r, "seconds": 0.0, "cost": {"align": 1000.0, "maps": None}, "settings": {**r["settings"], "seed": 7}} for r in known]
     (tmp_path / "records.jsonl").write_text("".join(json.dumps(r) + "\n" for r in long))
     left = run_missing(plan(), tmp_path / "records.jsonl", tmp_path, budget=900, progress=False)
     assert len(left) == len(METHODS) and not (tmp_path / "stages").exists()
