@@ -186,9 +186,9 @@ def test_weights_are_known_by_their_content(tmp_path):
 
 
 def test_a_run_that_goes_on_does_not_read_all_files_again(tmp_path, monkeypatch):
-    import mlan.stages
-    reads, check = [], mlan.stages.check_dataset
-    monkeypatch.setattr(mlan.stages, "check_dataset", lambda ds: reads.append(ds) or check(ds))
+    import mlan.pairs
+    reads, check = [], mlan.pairs.check_dataset
+    monkeypatch.setattr(mlan.pairs, "check_dataset", lambda ds: reads.append(ds) or check(ds))
     root = _folder(tmp_path / "set")
     args = make_settings(f"folder:{root}", "streets:camera", "source_only", **FEW)
     notes = [open_pair(args, stages=tmp_path / "stages").notes for _ in range(2)]
