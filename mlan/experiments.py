@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['BENCHMARK', 'PAIRS', 'ADVERSARIAL', 'FACTORS', 'TABLES', 'CONTROL_STEPS', 'Pair', 'Row', 'row_settings', 'trials',
            'experiment_key', 'row_records', 'row_scores', 'chosen_trial', 'read_records', 'append_record', 'planned',
-           'expected_seconds', 'measure', 'run_missing', 'missing']
+           'total_seconds', 'expected_seconds', 'measure', 'run_missing', 'missing']
 
-# %% ../nbs/22_experiments.ipynb #28fa71e5
+# %% ../nbs/22_experiments.ipynb #22f2578a
 import json
 import sys
 import time
@@ -30,10 +30,10 @@ from .stages import Run, walk
 from .train import run_mlan
 from .trainer import TrainingError
 
-# %% ../nbs/22_experiments.ipynb #9702b54b
+# %% ../nbs/22_experiments.ipynb #a66d5754
 BENCHMARK = 1  # version of the built-in data and its splits
 
-# %% ../nbs/22_experiments.ipynb #3a5371c0
+# %% ../nbs/22_experiments.ipynb #82421d4d
 @dataclass(frozen=True)
 class Pair:
     "A source and a target, and the settings that they need."
@@ -48,7 +48,7 @@ PAIRS = {"streets": Pair("streets:engine", "streets:camera"),
          "streets_camvid": Pair("streets:engine", "camvid", _CAMVID),
          "airsim_camvid": Pair("airsim_nh", "camvid", _CAMVID)}
 
-# %% ../nbs/22_experiments.ipynb #ee0ea460
+# %% ../nbs/22_experiments.ipynb #1e6bb3ca
 @dataclass(frozen=True)
 class Row:
     "A row of a table, or a point of a figure."
@@ -75,7 +75,7 @@ def row_settings(row: Row, pair: Pair, profile: str = "quick",
     scaled = {k: getattr(usual, k) * factor for k, factor in row.times}
     return make_settings(pair.source, pair.target, row.method, profile, **{**given, **scaled})
 
-# %% ../nbs/22_experiments.ipynb #cf1c25aa
+# %% ../nbs/22_experiments.ipynb #004f91e5
 ADVERSARIAL = {"rl_al": "lambda_ent", "regularized_rl_al": "lambda_ent", "il_al": "lambda_image", "regularized_il_al": "lambda_image"}
 FACTORS = (0.2, 0.6, 1, 1.4, 1.8)  # of Figures 5 and 6
 
@@ -99,12 +99,12 @@ TABLES = {
         Row("cr_al", set=(("reading", "literal"),)), Row("cr_al", set=(("pooling", "adaptive"),)),
         Row("cr_al", set=(("map_weights", "raw"),), times=(("lambda_ent", 1 / 3), ("lambda_image", 4))))}  # means of M_image, M_region
 
-# %% ../nbs/22_experiments.ipynb #809d9c58
+# %% ../nbs/22_experiments.ipynb #eddfde7e
 CONTROL_STEPS = (  # (row, the control that it has to beat)
     ("cr_al", "adabn"), ("cr_al", "fda"), ("cr_al", "rl_al_and_il_al"), ("cr_al", "cr_al map_weights=shuffled"),
     ("cr_al", "il_al_and_rll"), ("cr_al+st", "cr_al+continued"), ("cr_al+rst", "cr_al+continued"), ("cr_al+rit", "cr_al+fda"))
 
-# %% ../nbs/22_experiments.ipynb #9155d069
+# %% ../nbs/22_experiments.ipynb #e9f37b0b
 _ALL = "lambda_region lambda_ent lambda_image"
 _OWN = {"source_only": "lr", "adabn": "lr", "oracle": "lr", "rll": "lambda_region", "fda": "fourier_beta",
         "rl_al": "lambda_region lambda_ent", "regularized_rl_al": "lambda_region lambda_ent", "il_al": "lambda_image",
@@ -124,7 +124,7 @@ def trials(row: Row) -> tuple:  # of Row, the row itself first
 
 TABLES["search"] = tuple(trial for table in ("1", "references", "2", "controls") for row in TABLES[table] for trial in trials(row))
 
-# %% ../nbs/22_experiments.ipynb #200332ee
+# %% ../nbs/22_experiments.ipynb #8d3c72b6
 _SEEDS = ("seed", "data_seed")
 
 
@@ -158,7 +158,7 @@ def chosen_trial(records: list, row: Row, pair: Pair, profile: str = "quick") ->
         return found[0] if found and found[0] is not None else -1.0
     return max(trials(row), key=val)
 
-# %% ../nbs/22_experiments.ipynb #c915c423
+# %% ../nbs/22_experiments.ipynb #bb821d30
 def read_records(path: str | Path) -> list:  # of dict; [] where there is no file
     "The records of a file; ValueError names a line that is none."
     lines = Path(path).read_text(encoding="utf-8").splitlines() if Path(path).exists() else []
@@ -178,7 +178,7 @@ def append_record(record: dict, path: str | Path):
         text = old + "\n" * (old[-1:] not in ("", "\n")) + json.dumps(record) + "\n"
         write_whole(Path(path), lambda part: part.write_text(text, encoding="utf-8"))
 
-# %% ../nbs/22_experiments.ipynb #8ec9fa99
+# %% ../nbs/22_experiments.ipynb #d87fa773
 def planned(tables,  # keys of TABLES
             pairs=("streets",),  # keys of PAIRS
             profile: str = "quick", seeds=(0,), data_seeds=(0,),
@@ -197,13 +197,18 @@ def planned(tables,  # keys of TABLES
         found.setdefault(experiment_key(settings), settings)
     return [*found.values()]
 
-# %% ../nbs/22_experiments.ipynb #540b13e0
+# %% ../nbs/22_experiments.ipynb #1a6988e6
+def total_seconds(record: dict) -> float:
+    "What all stages of a run took, whoever made them; a stage whose time is not known counts nothing."
+    return sum(seconds or 0 for seconds in record["cost"].values())
+
+
 def expected_seconds(settings: Settings, records: list) -> float:
     "What the longest run of this method (of any, if it was not run) took with all its stages, by pixels and steps; 0 if nothing was run."
     def amount(s): return s["size"][0] * s["size"][1] * (s["steps"] + s["warmup_steps"])
     alike = [r for r in records if all(r["settings"][n] == getattr(settings, n) for n in ("profile", "backbone"))]
     alike = [r for r in alike if r["method"] == settings.method] or alike
-    return max((sum(s or 0 for s in r["cost"].values()) * amount(asdict(settings)) / amount(r["settings"]) for r in alike), default=0.0)
+    return max((total_seconds(r) * amount(asdict(settings)) / amount(r["settings"]) for r in alike), default=0.0)
 
 
 @contextmanager
@@ -220,7 +225,7 @@ def _taken(file: Path):  # True if this runner has it
     finally:
         lock.release()
 
-# %% ../nbs/22_experiments.ipynb #99342f53
+# %% ../nbs/22_experiments.ipynb #e56bbbb4
 _NAMES = ("method", "source", "target", "profile", "seed", "data_seed")
 
 
@@ -241,7 +246,7 @@ def measure(settings: Settings, folder: Path, progress: bool = False) -> dict:  
         record["cost"]["diagnosis"] = round(time.time() - began, 1)
     return {"benchmark": BENCHMARK, **record}
 
-# %% ../nbs/22_experiments.ipynb #5b4912b2
+# %% ../nbs/22_experiments.ipynb #88f4dd81
 def run_missing(plan: list,  # of Settings, from `planned`
                 records: str | Path,  # the file
                 folder: str | Path,  # of runs and shared stages
@@ -271,4 +276,4 @@ def missing(plan: list, records: str | Path) -> list:  # of Settings
 def _say(record, progress):
     names = " ".join(f"{record[k]}" for k in ("source", "target", "method", "seed", "data_seed"))
     if progress:
-        tqdm.write(f"{names}: {percent(record['miou'])} mIoU in {sum(s or 0 for s in record['cost'].values()):.0f} s", file=sys.stderr)
+        tqdm.write(f"{names}: {percent(record['miou'])} mIoU in {total_seconds(record):.0f} s", file=sys.stderr)

@@ -6,17 +6,18 @@
 __all__ = ['WORDS', 'coverage_table', 'outcome_table', 'tally', 'repeat_differences', 'ablation', 'order_table', 'answer',
            'pairs_table', 'search_table', 'weight_curves', 'diagnoses', 'agreement_table']
 
-# %% ../nbs/25_results.ipynb #22608558
+# %% ../nbs/25_results.ipynb #b69c65f6
 from statistics import mean
 
 from .comparison import (AblationTables, Table, ablation_table, paired_difference, rank_agreement, rank_agreement_interval,
                              summary, verdict)
 from .evaluation import percent
-from .experiments import FACTORS, PAIRS, TABLES, Row, chosen_trial, experiment_key, row_records, row_scores, row_settings, trials
+from .experiments import (FACTORS, PAIRS, TABLES, Row, chosen_trial, experiment_key, row_records, row_scores, row_settings,
+                              total_seconds, trials)
 from .paper_tables import PAPER_MIOU, STEPS, gain
 from .report import method_title
 
-# %% ../nbs/25_results.ipynb #fac2b57d
+# %% ../nbs/25_results.ipynb #f4844271
 def _in_order(tables) -> list:
     "Rows of tables: the paper's in its order, then the others; of two with the same settings the first."
     rows = sorted((row for table in tables for row in TABLES[table]), key=lambda row: [*PAPER_MIOU, row.name].index(row.name))
@@ -36,12 +37,12 @@ def coverage_table(records: list) -> Table:
             found = [row_records(records, row, there) for row in rows]
             runs = [r for some in found for r in some]
             seeds = {(r["data_seed"], r["seed"]) for r in runs}
-            hours = sum(s or 0 for r in runs for s in r["cost"].values()) / 3600
+            hours = sum(map(total_seconds, runs)) / 3600
             if runs:
                 lines.append((pair, table, f"{sum(map(bool, found))} of {len(rows)}", str(len(seeds)), str(len(runs)), f"{hours:.1f}"))
     return Table(("pair", "table", "rows run", "seeds", "runs", "hours"), lines)
 
-# %% ../nbs/25_results.ipynb #b1e71103
+# %% ../nbs/25_results.ipynb #7428c8aa
 def outcome_table(records: list, steps=STEPS, pairs=tuple(PAIRS)) -> Table:
     "The paper's steps on every pair."
     rows = _in_order(("1", "2"))
@@ -54,7 +55,7 @@ def outcome_table(records: list, steps=STEPS, pairs=tuple(PAIRS)) -> Table:
 
 def _outcome(claim, ours): return f"{verdict(claim, ours)} {ours.told}" if ours else "not run"
 
-# %% ../nbs/25_results.ipynb #77a65e73
+# %% ../nbs/25_results.ipynb #aa25e632
 WORDS = ("reproduced", "contradicted", "open", "not run")
 
 
@@ -63,7 +64,7 @@ def tally(table: Table) -> Table:
     told = {head: [next(w for w in WORDS if line[j].startswith(w)) for line in table.rows] for j, head in enumerate(table.heads) if j > 1}
     return Table(("pair", *WORDS), [(pair, *(str(words.count(w)) for w in WORDS)) for pair, words in told.items()])
 
-# %% ../nbs/25_results.ipynb #dc7993da
+# %% ../nbs/25_results.ipynb #929612a8
 def repeat_differences(records: list, others: list) -> dict:  # {method: [points, one a seed]}
     "mIoU of experiments minus that of the same experiments in another list."
     there = {experiment_key(r["settings"]): r["miou"] for r in others}
@@ -74,7 +75,7 @@ def repeat_differences(records: list, others: list) -> dict:  # {method: [points
             found.setdefault(r["method"], []).append(r["miou"] - there[experiment_key(r["settings"])])
     return found
 
-# %% ../nbs/25_results.ipynb #3d647a7b
+# %% ../nbs/25_results.ipynb #9d7b6a6b
 def ablation(records: list, pair: str, tables, steps, base: str = "source_only") -> AblationTables:
     "Tables of rows and of claims on one pair: the paper's numbers, ours, and the differences."
     rows = _in_order(tables)
@@ -83,7 +84,7 @@ def ablation(records: list, pair: str, tables, steps, base: str = "source_only")
     claims = [two for two in steps if set(two) <= set(scores)]
     return ablation_table(scores, paper, base, claims, {row.name: row.title for row in rows})
 
-# %% ../nbs/25_results.ipynb #4e79eb29
+# %% ../nbs/25_results.ipynb #f3ba2500
 def order_table(records: list, pairs=tuple(PAIRS)) -> Table:
     "Rank agreement with Tables 1 and 2 on each pair."
     lines = []
@@ -99,19 +100,19 @@ def order_table(records: list, pairs=tuple(PAIRS)) -> Table:
             lines.append((pair, table, str(found.n), f"{found.tau:+.2f}", each, swapped))
     return Table(("pair", "table", "rows", "tau", "seed by seed", "in the other order here"), lines)
 
-# %% ../nbs/25_results.ipynb #9f4e14ed
+# %% ../nbs/25_results.ipynb #6f1ec2d7
 def answer(records: list, row: str, bases: dict,  # {row to beat: as a sentence names it}
            pair: str = "streets") -> str:
     "What our runs say of one row against some others, in a sentence."
-    rows = [r for table in TABLES.values() for r in table]
-    scores = row_scores(records, rows, PAIRS[pair])
+    rows = {r.name: r for table in TABLES.values() for r in table}
+    scores = row_scores(records, [rows[name] for name in (row, *bases)], PAIRS[pair])
     found = {name: paired_difference(scores, row, base) for base, name in bases.items()}
     parts = [f"{d.told} points over {name} ({verdict(None, d)})" if d else f"not run against {name}" for name, d in found.items()]
     beaten = [name for name, d in found.items() if verdict(None, d) == "above"]
     end = f"It is clearly above {', '.join(beaten)} and no other of these." if beaten else "It is clearly above none of these."
     return f"{method_title(row)} stands {'; '.join(parts)}. {end}"
 
-# %% ../nbs/25_results.ipynb #6e565ff1
+# %% ../nbs/25_results.ipynb #067383fe
 def pairs_table(records: list, tables=("1", "2", "references", "controls")) -> Table:
     "Mean and deviation of every row on every pair; the best of each pair bold, the oracle apart."
     rows, told, best = _in_order(tables), {}, set()
@@ -123,7 +124,7 @@ def pairs_table(records: list, tables=("1", "2", "references", "controls")) -> T
     lines = [(row.title, *(told[c][i] for c in told)) for i, row in enumerate(rows)]
     return Table(("method", *PAIRS), lines, frozenset(best))
 
-# %% ../nbs/25_results.ipynb #f85e5b02
+# %% ../nbs/25_results.ipynb #fbf036e7
 def search_table(records: list, pair: str = "streets", tables=("1", "2", "references", "controls")) -> Table:
     "The search of equal budget: mIoU on val, lower, as it is, higher; and what the choice changes on test."
     lines, bold = [], set()
@@ -138,7 +139,7 @@ def search_table(records: list, pair: str = "streets", tables=("1", "2", "refere
             lines.append((row.title, *values, own, f"{(found[best]['miou'] or 0) - (found[0]['miou'] or 0):+.1f}"))
     return Table(("method", "lower", "as it is", "higher", "best on val", "on test"), lines, frozenset(bold))
 
-# %% ../nbs/25_results.ipynb #d82db70b
+# %% ../nbs/25_results.ipynb #90323390
 def weight_curves(records: list, weight: str,  # "lambda_ent" or "lambda_image"
                   methods, pair: str = "streets") -> dict:  # {title: {factor: {(data_seed, seed): mIoU}}}
     "Scores over multiples of one weight, for `parameter_figure`."
@@ -147,15 +148,15 @@ def weight_curves(records: list, weight: str,  # "lambda_ent" or "lambda_image"
         return row_scores(records, [row], PAIRS[pair])[row.name]
     return {method_title(m): {f: at(m, f) for f in FACTORS} for m in methods}
 
-# %% ../nbs/25_results.ipynb #7fbe6ccd
+# %% ../nbs/25_results.ipynb #269fb04a
 def diagnoses(records: list, pair: str = "streets") -> list:  # of (data_seed, seed, diagnosis)
     "What was seen inside CR-AL."
     found = row_records(records, Row("cr_al"), PAIRS[pair])
     return [(r["data_seed"], r["seed"], r["diagnosis"]) for r in found if "diagnosis" in r]
 
-# %% ../nbs/25_results.ipynb #a8bbee81
+# %% ../nbs/25_results.ipynb #c8ce1d85
 def agreement_table(found: list,  # from `diagnoses`
-                      measures=("regions", "within", "between", "auc", "beyond_entropy")) -> Table:
+                    measures=("regions", "within", "between", "auc", "beyond_entropy")) -> Table:
     "How far each map agrees with the error of the network: means over seeds."
     def told(name, measure):
         values = [d["maps"]["agreement"][name][measure] for *_, d in found]

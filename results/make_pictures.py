@@ -26,9 +26,9 @@ def merged(folders: list) -> list:
 
 
 if __name__ == "__main__":
-    runs = Path(sys.argv[1])
+    runs, known = Path(sys.argv[1]), records()
     for name, pair in PAIRS.items():
-        first = [r for m in METHODS for r in row_records(records(), Row(m), pair) if r["seed"] == r["data_seed"] == 0]
+        first = [r for m in METHODS for r in row_records(known, Row(m), pair) if r["seed"] == r["data_seed"] == 0]
         folders = [runs / f"{r['method']}-{experiment_key(r['settings'])}" for r in first]
         if folders and all((f / "pictures.npz").exists() for f in folders):
             save_pictures(HERE / f"pictures_{name}.npz", merged(folders))
