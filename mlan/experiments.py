@@ -7,7 +7,7 @@ __all__ = ['BENCHMARK', 'PAIRS', 'ADVERSARIAL', 'FACTORS', 'TABLES', 'CONTROL_ST
            'experiment_key', 'row_records', 'row_scores', 'chosen_trial', 'read_records', 'append_record', 'planned',
            'total_seconds', 'expected_seconds', 'measure', 'run_missing', 'missing']
 
-# %% ../nbs/22_experiments.ipynb #22f2578a
+# %% ../nbs/22_experiments.ipynb #668a93a7
 import json
 import sys
 import time
@@ -30,10 +30,10 @@ from .stages import Run, walk
 from .train import run_mlan
 from .trainer import TrainingError
 
-# %% ../nbs/22_experiments.ipynb #a66d5754
+# %% ../nbs/22_experiments.ipynb #69da16c3
 BENCHMARK = 1  # version of the built-in data and its splits
 
-# %% ../nbs/22_experiments.ipynb #82421d4d
+# %% ../nbs/22_experiments.ipynb #7153ca1f
 @dataclass(frozen=True)
 class Pair:
     "A source and a target, and the settings that they need."
@@ -48,7 +48,7 @@ PAIRS = {"streets": Pair("streets:engine", "streets:camera"),
          "streets_camvid": Pair("streets:engine", "camvid", _CAMVID),
          "airsim_camvid": Pair("airsim_nh", "camvid", _CAMVID)}
 
-# %% ../nbs/22_experiments.ipynb #1e6bb3ca
+# %% ../nbs/22_experiments.ipynb #85baca91
 @dataclass(frozen=True)
 class Row:
     "A row of a table, or a point of a figure."
@@ -62,8 +62,8 @@ class Row:
 
     @property
     def title(self) -> str:  # "CR-AL, map weights shuffled", for a table
-        own = [f"{k} {v}" for k, v in self.set] + [f"{k} x {v:.2g}" for k, v in self.times]
-        return ", ".join([method_title(self.method), *(text.replace("map_weights", "map weights") for text in own)])
+        own = [f"{k.replace('_', ' ')} {v}" for k, v in self.set] + [f"{k} x {v:.2g}" for k, v in self.times]
+        return ", ".join([method_title(self.method), *own])
 
 
 def row_settings(row: Row, pair: Pair, profile: str = "quick",
@@ -75,7 +75,7 @@ def row_settings(row: Row, pair: Pair, profile: str = "quick",
     scaled = {k: getattr(usual, k) * factor for k, factor in row.times}
     return make_settings(pair.source, pair.target, row.method, profile, **{**given, **scaled})
 
-# %% ../nbs/22_experiments.ipynb #004f91e5
+# %% ../nbs/22_experiments.ipynb #10686418
 ADVERSARIAL = {"rl_al": "lambda_ent", "regularized_rl_al": "lambda_ent", "il_al": "lambda_image", "regularized_il_al": "lambda_image"}
 FACTORS = (0.2, 0.6, 1, 1.4, 1.8)  # of Figures 5 and 6
 
@@ -86,6 +86,9 @@ def _figure(setting: str) -> tuple:
     return tuple(Row(m, times=((setting, f),) if f != 1 else ()) for f, m in product(FACTORS, methods))
 
 
+_PRETRAINED = (("backbone", "vgg16"), ("weights", "imagenet"), ("warmup_steps", 200), ("warmup_lr", 1e-4), ("steps", 250),
+               ("lr", 1e-4), ("head_lr", 10.0), ("ramp_steps", 50), ("batch_size", 4))
+
 TABLES = {
     "1": tuple(map(Row, ("source_only", "cr_al", "rll", "rl_al", "regularized_rl_al", "il_al", "regularized_il_al"))),
     "2": tuple(map(Row, ("cr_al", "mlan", "cr_al+it", "cr_al+rit", "cr_al+st", "cr_al+rst"))),
@@ -94,17 +97,23 @@ TABLES = {
                  *(Row("cr_al", set=(("map_weights", w),)) for w in MAP_WEIGHTS)),
     "figure5": _figure("lambda_ent"),
     "figure6": _figure("lambda_image"),
-    "conditions": (  # readings R2, R4, R7, R9 one at a time
-        Row("cr_al", set=(("descriptor", "hog"),)), Row("rl_al_and_il_al", set=(("descriptor", "hog"),)),
-        Row("cr_al", set=(("reading", "literal"),)), Row("cr_al", set=(("pooling", "adaptive"),)),
-        Row("cr_al", set=(("map_weights", "raw"),), times=(("lambda_ent", 1 / 3), ("lambda_image", 4))))}  # means of M_image, M_region
+    "conditions": (  # one at a time
+        *(Row(m, set=(("descriptor", "hog"),)) for m in ("cr_al", "rl_al_and_il_al")),  # R2
+        *(Row(m, set=(("patches", sizes),)) for sizes in ((8,), (32,)) for m in ("cr_al", "rl_al_and_il_al")),  # one region size
+        *(Row(m, set=(("n_relations", 25),)) for m in ("cr_al", "rl_al_and_il_al")),  # N
+        Row("cr_al", set=(("reading", "literal"),)), Row("cr_al", set=(("pooling", "adaptive"),)),  # R4, R7
+        Row("cr_al", set=(("map_weights", "raw"),), times=(("lambda_ent", 1 / 3), ("lambda_image", 4))),  # R8, R9: by the maps' means
+        *(Row("cr_al+rst", set=(("rst_reading", how),)) for how in ("threshold", "turned"))),  # R12
+    "pretrained": tuple(Row(m, set=(*_PRETRAINED, *own)) for m, own in (
+        ("source_only", ()), ("cr_al", ()), ("rl_al_and_il_al", ()), ("cr_al", (("map_weights", "shuffled"),)), ("il_al", ()),
+        ("fda", ()), ("oracle", ())))}
 
-# %% ../nbs/22_experiments.ipynb #eddfde7e
+# %% ../nbs/22_experiments.ipynb #79e0dd87
 CONTROL_STEPS = (  # (row, the control that it has to beat)
     ("cr_al", "adabn"), ("cr_al", "fda"), ("cr_al", "rl_al_and_il_al"), ("cr_al", "cr_al map_weights=shuffled"),
     ("cr_al", "il_al_and_rll"), ("cr_al+st", "cr_al+continued"), ("cr_al+rst", "cr_al+continued"), ("cr_al+rit", "cr_al+fda"))
 
-# %% ../nbs/22_experiments.ipynb #e9f37b0b
+# %% ../nbs/22_experiments.ipynb #b0fc1138
 _ALL = "lambda_region lambda_ent lambda_image"
 _OWN = {"source_only": "lr", "adabn": "lr", "oracle": "lr", "rll": "lambda_region", "fda": "fourier_beta",
         "rl_al": "lambda_region lambda_ent", "regularized_rl_al": "lambda_region lambda_ent", "il_al": "lambda_image",
@@ -124,7 +133,7 @@ def trials(row: Row) -> tuple:  # of Row, the row itself first
 
 TABLES["search"] = tuple(trial for table in ("1", "references", "2", "controls") for row in TABLES[table] for trial in trials(row))
 
-# %% ../nbs/22_experiments.ipynb #8d3c72b6
+# %% ../nbs/22_experiments.ipynb #76b71d3b
 _SEEDS = ("seed", "data_seed")
 
 
@@ -158,7 +167,7 @@ def chosen_trial(records: list, row: Row, pair: Pair, profile: str = "quick") ->
         return found[0] if found and found[0] is not None else -1.0
     return max(trials(row), key=val)
 
-# %% ../nbs/22_experiments.ipynb #bb821d30
+# %% ../nbs/22_experiments.ipynb #b706eeee
 def read_records(path: str | Path) -> list:  # of dict; [] where there is no file
     "The records of a file; ValueError names a line that is none."
     lines = Path(path).read_text(encoding="utf-8").splitlines() if Path(path).exists() else []
@@ -178,7 +187,7 @@ def append_record(record: dict, path: str | Path):
         text = old + "\n" * (old[-1:] not in ("", "\n")) + json.dumps(record) + "\n"
         write_whole(Path(path), lambda part: part.write_text(text, encoding="utf-8"))
 
-# %% ../nbs/22_experiments.ipynb #d87fa773
+# %% ../nbs/22_experiments.ipynb #8bce03cd
 def planned(tables,  # keys of TABLES
             pairs=("streets",),  # keys of PAIRS
             profile: str = "quick", seeds=(0,), data_seeds=(0,),
@@ -197,7 +206,7 @@ def planned(tables,  # keys of TABLES
         found.setdefault(experiment_key(settings), settings)
     return [*found.values()]
 
-# %% ../nbs/22_experiments.ipynb #1a6988e6
+# %% ../nbs/22_experiments.ipynb #a1f892e8
 def total_seconds(record: dict) -> float:
     "What all stages of a run took, whoever made them; a stage whose time is not known counts nothing."
     return sum(seconds or 0 for seconds in record["cost"].values())
@@ -225,7 +234,7 @@ def _taken(file: Path):  # True if this runner has it
     finally:
         lock.release()
 
-# %% ../nbs/22_experiments.ipynb #e56bbbb4
+# %% ../nbs/22_experiments.ipynb #73d161c2
 _NAMES = ("method", "source", "target", "profile", "seed", "data_seed")
 
 
@@ -246,7 +255,7 @@ def measure(settings: Settings, folder: Path, progress: bool = False) -> dict:  
         record["cost"]["diagnosis"] = round(time.time() - began, 1)
     return {"benchmark": BENCHMARK, **record}
 
-# %% ../nbs/22_experiments.ipynb #88f4dd81
+# %% ../nbs/22_experiments.ipynb #e329723c
 def run_missing(plan: list,  # of Settings, from `planned`
                 records: str | Path,  # the file
                 folder: str | Path,  # of runs and shared stages

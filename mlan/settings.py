@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PLANS', 'RUNTIME_SETTINGS', 'QUICK', 'PROFILES', 'PAPER_SYNTHIA', 'CHOICES', 'Plan', 'Settings', 'make_settings']
 
-# %% ../nbs/14_settings.ipynb #d33e8219
+# %% ../nbs/14_settings.ipynb #8257f1f8
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 
@@ -13,7 +13,7 @@ from .co_regularized_al import ABLATIONS, MAP_WEIGHTS
 from .networks import BACKBONES
 from .region_labels import DESCRIPTORS
 
-# %% ../nbs/14_settings.ipynb #9257453d
+# %% ../nbs/14_settings.ipynb #57bd26b6
 @dataclass(frozen=True)
 class Plan:
     "The stages of a method."
@@ -40,7 +40,7 @@ PLANS = {name: Plan(name) for name in ABLATIONS} | {
     "cr_al+continued": Plan("cr_al", control="continued"),
 }
 
-# %% ../nbs/14_settings.ipynb #2a72fa6e
+# %% ../nbs/14_settings.ipynb #500a474f
 @dataclass(frozen=True)
 class _DataSettings:
     source: str = ""  # "streets:engine", "airsim_nh", "folder:PATH", ...
@@ -56,7 +56,7 @@ class _DataSettings:
     n_val: int = 0  # images of the target's val split, on which weights of the losses are chosen
     n_test: int = 0  # images of the target's test split, the one reported
 
-# %% ../nbs/14_settings.ipynb #fe340f7d
+# %% ../nbs/14_settings.ipynb #bb4e7ba9
 @dataclass(frozen=True)
 class _ModelSettings(_DataSettings):
     patches: tuple = (32, 64, 128)  # region sizes in training pixels (R1)
@@ -69,7 +69,7 @@ class _ModelSettings(_DataSettings):
     critic_width: int = 64  # C_image's first channels (Section 4.2)
     pooling: str = "resize"  # R7
 
-# %% ../nbs/14_settings.ipynb #1f813bd9
+# %% ../nbs/14_settings.ipynb #49c586ad
 @dataclass(frozen=True)
 class _TrainingSettings(_ModelSettings):
     warmup_steps: int = 0  # source-only steps before adaptation; 0 with ImageNet weights, as in the paper
@@ -92,7 +92,7 @@ class _TrainingSettings(_ModelSettings):
     map_weights: str = "raw"  # R9
     reading: str = "entropy"  # R4
 
-# %% ../nbs/14_settings.ipynb #ff2895e2
+# %% ../nbs/14_settings.ipynb #7de72ba8
 @dataclass(frozen=True)
 class Settings(_TrainingSettings):
     "All that determines a run's result, flat. Lengths in steps, sizes (height, width) in pixels."
@@ -103,6 +103,7 @@ class Settings(_TrainingSettings):
     translated_share: float = 0.5  # of the source images that training takes in target style
     fourier_beta: float = 0.01  # FDA: frequencies up to this share of the shorter side are swapped
     portions: tuple = (0.2, 0.25, 0.3)  # CBST's portion, one self-training round each
+    rst_reading: str = "portion"  # R12: k_c on p x M_multi; "threshold": k_c on p alone; "turned": a control, the map turned round
     self_training_steps: int = 20_000  # in all rounds together
     self_training_lr: float = 5e-5
     precision: str = "fp32"  # "bf16": mixed precision by autocast; weights and updates stay fp32
@@ -117,7 +118,7 @@ class Settings(_TrainingSettings):
 
 RUNTIME_SETTINGS = ("device", "workers", "checkpointing", "compile", "log_every", "checkpoint_every")
 
-# %% ../nbs/14_settings.ipynb #114a3e41
+# %% ../nbs/14_settings.ipynb #f2b811b9
 QUICK = dict(size=(64, 128), target_size=(64, 128), patches=(8, 16, 32), min_samples=4, backbone="small", weights="none",
              warmup_steps=900, warmup_lr=0.002, steps=500, schedule_steps=500, batch_size=6, optimiser="adamw", lr=0.001, head_lr=1.0,
              clip_norm=10.0, critic_lr=2e-3, critic_width=16, ramp_steps=100, map_weights="normalised",
@@ -128,12 +129,12 @@ QUICK = dict(size=(64, 128), target_size=(64, 128), patches=(8, 16, 32), min_sam
 PROFILES = {"quick": QUICK, "paper": {"workers": 4}}
 PAPER_SYNTHIA = {"size": (760, 1280)}  # its frames' own size, as in [26, 30]
 
-# %% ../nbs/14_settings.ipynb #fa154916
+# %% ../nbs/14_settings.ipynb #44a9a2fa
 CHOICES = {"method": tuple(PLANS), "profile": tuple(PROFILES), "backbone": BACKBONES, "descriptor": DESCRIPTORS,
            "map_weights": MAP_WEIGHTS, "optimiser": ("sgd", "adamw"), "reading": ("entropy", "literal"),
-           "pooling": ("resize", "adaptive"), "precision": ("fp32", "bf16")}
+           "pooling": ("resize", "adaptive"), "rst_reading": ("portion", "threshold", "turned"), "precision": ("fp32", "bf16")}
 
-# %% ../nbs/14_settings.ipynb #dd1d5ee1
+# %% ../nbs/14_settings.ipynb #19e68f54
 _COUNTS = ("steps", "schedule_steps", "batch_size", "translation_steps", "translation_batch", "self_training_steps",
            "log_every", "checkpoint_every", "min_samples", "region_sample", "critic_width", "translation_width")
 _NOT_NEGATIVE = ("seed", "data_seed", "warmup_steps", "ramp_steps", "clip_norm", "val_every", "n_source", "n_target", "n_val",
@@ -151,7 +152,7 @@ _RANGES = {
     "fourier_beta": (lambda v: 0 <= v <= 0.5, "a number from 0 (mean colour only) to 0.5 (every frequency)"),
 }
 
-# %% ../nbs/14_settings.ipynb #df205ccd
+# %% ../nbs/14_settings.ipynb #3f9d465c
 def _one_of(name, value):
     if value not in CHOICES[name]:
         raise ValueError(f"unknown {name} {value!r}; choose one of {', '.join(CHOICES[name])}")
@@ -171,7 +172,7 @@ def _typed(name, default, value):
     except (TypeError, ValueError, KeyError):
         raise ValueError(f"setting {name} must be like {default!r} ({kind.__name__}), not {value!r}") from None
 
-# %% ../nbs/14_settings.ipynb #569e9f18
+# %% ../nbs/14_settings.ipynb #968a9a41
 def make_settings(source: str, target: str, method: str = "mlan", profile: str = "quick",
                   **overrides,  # any field of Settings
                   ) -> Settings:

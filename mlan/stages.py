@@ -7,7 +7,7 @@ __all__ = ['Run', 'source_commit', 'stage_outcome', 'keep_log', 'Share', 'source
            'label_regions', 'new_segmenter', 'warm_up', 'alignment_settings', 'new_alignment', 'align', 'make_maps',
            'translate', 'self_train', 'adapt_norms', 'carry_on', 'walk']
 
-# %% ../nbs/17_stages.ipynb #0552a342
+# %% ../nbs/17_stages.ipynb #de6f59d4
 import math
 import shutil
 import subprocess
@@ -34,13 +34,13 @@ from .networks import Segmenter, build_extractor, weights_digest
 from .pairs import PairData, agreed, digest
 from .region_labels import RegionLabeller, RegionSettings, fit_vocabularies, label_dataset, load_regions, region_grid, save_regions
 from .samples import Loader, Samples, Stream, open_at, require_room
-from .self_training import label_target
+from .self_training import label_target, turned
 from .settings import PLANS, Settings
 from .trainer import (SegmentationStep, TrainingError, TranslationStep, drop_checkpoints, is_whole, load_whole, processes, read_log,
                           save_atomically, train_loop, usable_device)
 from .translation import TranslationPair, TranslationSettings, swap_low_frequencies
 
-# %% ../nbs/17_stages.ipynb #38a286da
+# %% ../nbs/17_stages.ipynb #d9bb1618
 _OF_REGIONS = ("size", "patches", "n_relations", "descriptor", "min_samples", "region_sample")
 _OF_WARM_UP = ("seed", "backbone", "warmup_steps", "warmup_lr", "batch_size", "optimiser", "head_lr",
                "momentum", "weight_decay", "power", "clip_norm", "precision")
@@ -52,7 +52,7 @@ _OF_FOURIER = ("seed", "size", "target_size", "fourier_beta")
 _OF_CONTINUED = ("self_training_steps", "self_training_lr", "clip_norm")
 _OF_SELF_TRAINING = ("target_size", "portions", "self_training_steps", "self_training_lr", "clip_norm")
 
-# %% ../nbs/17_stages.ipynb #c64d6128
+# %% ../nbs/17_stages.ipynb #02d7603d
 class Run:
     "Settings, data and device of a run, and what its stages have left so far."
 
@@ -80,7 +80,7 @@ class Run:
         if self.main:
             save_atomically(value, path)
 
-# %% ../nbs/17_stages.ipynb #6c40df9e
+# %% ../nbs/17_stages.ipynb #6ac5fd96
 @lru_cache(1)
 def source_commit() -> str | None:
     "The git commit of the source tree, with -dirty where files differ from it, or None outside of one."
@@ -93,7 +93,7 @@ def source_commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
 
-# %% ../nbs/17_stages.ipynb #d914f856
+# %% ../nbs/17_stages.ipynb #fac4f79a
 def stage_outcome(run: Run, stage: str, path: Path, make,
          alone: bool = False,  # the main process makes it, the others wait
          ) -> Path:
@@ -126,7 +126,7 @@ def keep_log(run: Run, stage: str, prefix: Path):
     if run.main:
         drop_checkpoints(prefix)
 
-# %% ../nbs/17_stages.ipynb #cf5eb499
+# %% ../nbs/17_stages.ipynb #a572b878
 @contextmanager
 def _stage_lock(path: Path, main: bool):
     "The lock on an outcome, held by the main process; parts that a killed run left are swept up."
@@ -155,7 +155,7 @@ def _set_aside_if_torn(path: Path) -> bool:  # is it whole?
         return False
     return True
 
-# %% ../nbs/17_stages.ipynb #9dd893ab
+# %% ../nbs/17_stages.ipynb #1c83b75a
 @dataclass(frozen=True)
 class Share:
     "One process's part of a stream."
@@ -188,7 +188,7 @@ def _load(run, purpose, i) -> tuple:
 def _to_device(run, images) -> torch.Tensor:  # float in [0, 1]
     return images.to(run.device, non_blocking=True).float() / 255
 
-# %% ../nbs/17_stages.ipynb #bba4a1aa
+# %% ../nbs/17_stages.ipynb #96b456e0
 def source_batch(run: Run, i: int) -> tuple:  # images (B, 3, H, W), labels (B, H, W), region labels a level
     "Source images with labels and region labels; some in target style where there are translated ones."
     index, images, labels = _load(run, "source", i)
@@ -218,7 +218,7 @@ def score(run: Run, net: Segmenter, dataset) -> Scores:
     part = evaluate(net.eval(), dataset, data.lut, data.classes, run.s.target_size, device=run.device, shard=share)
     return replace(part, matrix=reduce(part.matrix.to(run.device), "sum").cpu())
 
-# %% ../nbs/17_stages.ipynb #3d9c6dbd
+# %% ../nbs/17_stages.ipynb #6f30dcab
 def label_regions(run: Run):
     "Stage: the vocabulary of context-relations and the source's region labels."
     s, source = run.s, run.data.source
@@ -237,7 +237,7 @@ def label_regions(run: Run):
     run.regions = [torch.from_numpy(level).long() for level in labels]
     run.facts["relations"] = list(run.relations)
 
-# %% ../nbs/17_stages.ipynb #0c61bb60
+# %% ../nbs/17_stages.ipynb #cb4d6406
 def new_segmenter(run: Run) -> Segmenter:
     "E and C_seg as the seed makes them."
     torch.manual_seed(run.s.seed)
@@ -270,7 +270,7 @@ def warm_up(run: Run):
     stage_outcome(run, "warm_up", prefix.with_suffix(".pt"), make)
     keep_log(run, "warm_up", prefix)
 
-# %% ../nbs/17_stages.ipynb #50c0e318
+# %% ../nbs/17_stages.ipynb #8d6980b2
 def alignment_settings(s: Settings) -> AlignmentSettings:
     "The fields that the objective knows."
     return AlignmentSettings(**{f.name: getattr(s, f.name) for f in fields(AlignmentSettings)})
@@ -281,7 +281,7 @@ def new_alignment(run: Run, channels: int, rates: tuple) -> CoRegularizedAL:
     alignment = CoRegularizedAL(ABLATIONS[run.plan.ablation], channels, run.relations, rates, alignment_settings(run.s))
     return alignment.to(run.device, memory_format=torch.channels_last)
 
-# %% ../nbs/17_stages.ipynb #c8809d2f
+# %% ../nbs/17_stages.ipynb #6c9cbcfa
 def _align_file(run, stage):
     plain = run.plan.ablation == "source_only"
     names = _OF_ADAPTATION + (() if plain else _OF_ALIGNMENT)
@@ -311,7 +311,7 @@ def align(run: Run, stage: str = "align") -> tuple:  # Segmenter, CoRegularizedA
         run.aligned = net, alignment
     return net, alignment
 
-# %% ../nbs/17_stages.ipynb #03eea5c8
+# %% ../nbs/17_stages.ipynb #fbe33cd6
 def make_maps(run: Run):
     "Stage: M_region, M_image and M_multi of every target image."
     path = run.file("maps", (), run.used["align"].name).with_suffix(".pt")
@@ -325,13 +325,13 @@ def make_maps(run: Run):
     run.maps = ConsistencyMaps(**load_whole(stage_outcome(run, "maps", path, make, alone=True)))
 
 
-def _unit_maps(run) -> torch.Tensor:  # M_multi (n, I, J) with mean 1, on the device
+def _unit_maps(run, turn: bool = False) -> torch.Tensor:  # M_multi (n, I, J) with mean 1, on the device
     try:
-        return normalise_maps(run.maps.multi).to(run.device)
+        return normalise_maps(turned(run.maps.multi) if turn else run.maps.multi).to(run.device)
     except ValueError as error:
         raise TrainingError(f"stage maps: {error}") from None
 
-# %% ../nbs/17_stages.ipynb #f7d1a511
+# %% ../nbs/17_stages.ipynb #0526d16e
 def _train_translation(run, prefix, maps):
     "A trained pair; maps = M_multi with mean 1, or None for plain translation."
     s = run.s
@@ -348,7 +348,7 @@ def _train_translation(run, prefix, maps):
     _train(run, "translation", TranslationStep(pair, source, target, s), s.translation_steps, prefix)
     return pair
 
-# %% ../nbs/17_stages.ipynb #5531a739
+# %% ../nbs/17_stages.ipynb #335f6e4e
 def _style_all(run, style, path):  # style(rows, images) -> images
     "Every source image in target style, as one array (n, 3, H, W) uint8 on disk; of several processes each writes its part."
     samples, team, part = run.data.source, run.team, path.with_suffix(".part")
@@ -373,7 +373,7 @@ def _is_array(path, shape) -> bool:
     except (OSError, ValueError):
         return False
 
-# %% ../nbs/17_stages.ipynb #a1bff05f
+# %% ../nbs/17_stages.ipynb #756ca209
 def _fourier_style(run):
     "FDA: each source image takes the low frequencies of a target image drawn for it."
     drawn = np.random.default_rng(run.s.seed).integers(len(run.data.target), size=len(run.data.source))
@@ -403,12 +403,12 @@ def translate(run: Run):
     run.translated = np.load(styled, mmap_mode="r")
     keep_log(run, "translation", prefix)
 
-# %% ../nbs/17_stages.ipynb #c14dd44e
+# %% ../nbs/17_stages.ipynb #af1c3706
 def _round(run, net, r, portion, prefix):
     "One round: pseudo labels with this portion, then fine-tuning; returns what to record."
     s = run.s
-    maps = _unit_maps(run) if run.plan.self_train == "regularized" else None
-    made = label_target(net.eval(), lambda: in_order(run.data.target, run.device), portion, maps)
+    maps = _unit_maps(run, s.rst_reading == "turned") if run.plan.self_train == "regularized" else None
+    made = label_target(net.eval(), lambda: in_order(run.data.target, run.device), portion, maps, weighted=s.rst_reading != "threshold")
     labels = made.labels
     if run.team.num_processes > 1:                           # all learn from the main one's
         labels = broadcast(labels.to(run.device)).cpu()
@@ -422,12 +422,12 @@ def _round(run, net, r, portion, prefix):
     _train(run, f"self_training_{r}", step, step.steps, prefix)
     return {"portion": portion, "coverage": round(made.coverage, 4)}
 
-# %% ../nbs/17_stages.ipynb #f319a0a3
+# %% ../nbs/17_stages.ipynb #f1134ea0
 def self_train(run: Run, net: Segmenter) -> Segmenter:
     "Stage: rounds of pseudo labels and fine-tuning, on a copy of the network."
     net = deepcopy(net)     # run.aligned keeps the E that C_region and C_image know
     last = run.used.get("align_translated", run.used["align"])
-    uses = run.used["maps"].name if run.plan.self_train == "regularized" else "plain"
+    uses = (run.used["maps"].name, run.s.rst_reading) if run.plan.self_train == "regularized" else "plain"
     prefix = run.file("self_training", _OF_SELF_TRAINING, last.name, uses)
     each = [prefix.with_name(f"{prefix.name}.{r}") for r in range(len(run.s.portions))]
 
@@ -443,7 +443,7 @@ def self_train(run: Run, net: Segmenter) -> Segmenter:
     run.facts["self_training"] = state["rounds"]
     return net
 
-# %% ../nbs/17_stages.ipynb #61ba9264
+# %% ../nbs/17_stages.ipynb #7ff5bd85
 def adapt_norms(run: Run, net: Segmenter) -> Segmenter:
     "Stage: AdaBN on all target images."
     path = run.file("adabn", ("target_size",), run.used["align"].name, run.data.fingerprints["target"], "mixed").with_suffix(".pt")
@@ -477,7 +477,7 @@ def carry_on(run: Run, net: Segmenter, alignment: CoRegularizedAL) -> Segmenter:
     keep_log(run, "continued", prefix)
     return net
 
-# %% ../nbs/17_stages.ipynb #5dd9cc9f
+# %% ../nbs/17_stages.ipynb #712a307f
 def walk(run: Run) -> Segmenter:
     "All stages of the method's plan; returns the final E and C_seg."
     if ABLATIONS[run.plan.ablation].needs_regions:
