@@ -4,20 +4,21 @@
 
 # %% auto #0
 __all__ = ['WORDS', 'coverage_table', 'outcome_table', 'tally', 'repeat_differences', 'ablation', 'order_table', 'answer',
-           'pairs_table', 'search_table', 'weight_curves', 'diagnoses', 'agreement_table']
+           'pairs_table', 'condition_table', 'pretrained_tables', 'search_table', 'fair_table', 'weight_curves',
+           'diagnoses', 'agreement_table']
 
-# %% ../nbs/25_results.ipynb #b69c65f6
+# %% ../nbs/25_results.ipynb #bcd1d24e
 from statistics import mean
 
 from .comparison import (AblationTables, Table, ablation_table, paired_difference, rank_agreement, rank_agreement_interval,
                              summary, verdict)
 from .evaluation import percent
-from .experiments import (FACTORS, PAIRS, TABLES, Row, chosen_trial, experiment_key, row_records, row_scores, row_settings,
-                              total_seconds, trials)
+from .experiments import (CONTROL_STEPS, FACTORS, PAIRS, PRETRAINED, TABLES, Row, chosen_trial, experiment_key, row_records,
+                              row_scores, row_settings, total_seconds, trials)
 from .paper_tables import PAPER_MIOU, STEPS, gain
 from .report import method_title
 
-# %% ../nbs/25_results.ipynb #f4844271
+# %% ../nbs/25_results.ipynb #a9a06052
 def _in_order(tables) -> list:
     "Rows of tables: the paper's in its order, then the others; of two with the same settings the first."
     rows = sorted((row for table in tables for row in TABLES[table]), key=lambda row: [*PAPER_MIOU, row.name].index(row.name))
@@ -42,7 +43,7 @@ def coverage_table(records: list) -> Table:
                 lines.append((pair, table, f"{sum(map(bool, found))} of {len(rows)}", str(len(seeds)), str(len(runs)), f"{hours:.1f}"))
     return Table(("pair", "table", "rows run", "seeds", "runs", "hours"), lines)
 
-# %% ../nbs/25_results.ipynb #7428c8aa
+# %% ../nbs/25_results.ipynb #5e1a1f5f
 def outcome_table(records: list, steps=STEPS, pairs=tuple(PAIRS)) -> Table:
     "The paper's steps on every pair."
     rows = _in_order(("1", "2"))
@@ -55,7 +56,7 @@ def outcome_table(records: list, steps=STEPS, pairs=tuple(PAIRS)) -> Table:
 
 def _outcome(claim, ours): return f"{verdict(claim, ours)} {ours.told}" if ours else "not run"
 
-# %% ../nbs/25_results.ipynb #aa25e632
+# %% ../nbs/25_results.ipynb #0d2eb021
 WORDS = ("reproduced", "contradicted", "open", "not run")
 
 
@@ -64,7 +65,7 @@ def tally(table: Table) -> Table:
     told = {head: [next(w for w in WORDS if line[j].startswith(w)) for line in table.rows] for j, head in enumerate(table.heads) if j > 1}
     return Table(("pair", *WORDS), [(pair, *(str(words.count(w)) for w in WORDS)) for pair, words in told.items()])
 
-# %% ../nbs/25_results.ipynb #929612a8
+# %% ../nbs/25_results.ipynb #18052120
 def repeat_differences(records: list, others: list) -> dict:  # {method: [points, one a seed]}
     "mIoU of experiments minus that of the same experiments in another list."
     there = {experiment_key(r["settings"]): r["miou"] for r in others}
@@ -75,7 +76,7 @@ def repeat_differences(records: list, others: list) -> dict:  # {method: [points
             found.setdefault(r["method"], []).append(r["miou"] - there[experiment_key(r["settings"])])
     return found
 
-# %% ../nbs/25_results.ipynb #9d7b6a6b
+# %% ../nbs/25_results.ipynb #8e979b61
 def ablation(records: list, pair: str, tables, steps, base: str = "source_only") -> AblationTables:
     "Tables of rows and of claims on one pair: the paper's numbers, ours, and the differences."
     rows = _in_order(tables)
@@ -84,7 +85,7 @@ def ablation(records: list, pair: str, tables, steps, base: str = "source_only")
     claims = [two for two in steps if set(two) <= set(scores)]
     return ablation_table(scores, paper, base, claims, {row.name: row.title for row in rows})
 
-# %% ../nbs/25_results.ipynb #f3ba2500
+# %% ../nbs/25_results.ipynb #efa65b7a
 def order_table(records: list, pairs=tuple(PAIRS)) -> Table:
     "Rank agreement with Tables 1 and 2 on each pair."
     lines = []
@@ -100,7 +101,7 @@ def order_table(records: list, pairs=tuple(PAIRS)) -> Table:
             lines.append((pair, table, str(found.n), f"{found.tau:+.2f}", each, swapped))
     return Table(("pair", "table", "rows", "tau", "seed by seed", "in the other order here"), lines)
 
-# %% ../nbs/25_results.ipynb #6f1ec2d7
+# %% ../nbs/25_results.ipynb #59dc253b
 def answer(records: list, row: str, bases: dict,  # {row to beat: as a sentence names it}
            pair: str = "streets") -> str:
     "What our runs say of one row against some others, in a sentence."
@@ -112,7 +113,7 @@ def answer(records: list, row: str, bases: dict,  # {row to beat: as a sentence 
     end = f"It is clearly above {', '.join(beaten)} and no other of these." if beaten else "It is clearly above none of these."
     return f"{method_title(row)} stands {'; '.join(parts)}. {end}"
 
-# %% ../nbs/25_results.ipynb #067383fe
+# %% ../nbs/25_results.ipynb #a1d58773
 def pairs_table(records: list, tables=("1", "2", "references", "controls")) -> Table:
     "Mean and deviation of every row on every pair; the best of each pair bold, the oracle apart."
     rows, told, best = _in_order(tables), {}, set()
@@ -124,7 +125,30 @@ def pairs_table(records: list, tables=("1", "2", "references", "controls")) -> T
     lines = [(row.title, *(told[c][i] for c in told)) for i, row in enumerate(rows)]
     return Table(("method", *PAIRS), lines, frozenset(best))
 
-# %% ../nbs/25_results.ipynb #fbf036e7
+# %% ../nbs/25_results.ipynb #ab15a9c8
+def condition_table(records: list, pair: str = "streets") -> Table:
+    "Each condition against the same row as usual, and CR-AL against the plain sum of its games under the same condition."
+    rows = TABLES["conditions"]
+    both = {Row(row.method) for row in rows} | {Row("rl_al_and_il_al")}
+    scores, lines = row_scores(records, (*rows, *both), PAIRS[pair]), []
+    for row in rows:
+        alike = Row("rl_al_and_il_al", row.set)
+        base = (alike if alike in rows else Row("rl_al_and_il_al")).name
+        told = [d.told if d else "not run" for d in (paired_difference(scores, row.name, b) for b in (row.method, base))]
+        found = summary(scores[row.name].values())
+        lines.append((row.title, found.told if found else "not run", told[0], told[1] if row.method == "cr_al" else ""))
+    return Table(("condition", "mIoU", "over the row as it is", "over the plain sum"), lines)
+
+# %% ../nbs/25_results.ipynb #645d3d3c
+def pretrained_tables(records: list, pair: str = "streets") -> AblationTables:
+    "Rows from ImageNet's weights, and the comparisons that ask after levels and maps."
+    rows = {Row(row.method, tuple(two for two in row.set if two not in PRETRAINED)): row for row in TABLES["pretrained"]}
+    scores = {short.name: row_scores(records, [row], PAIRS[pair])[row.name] for short, row in rows.items()}
+    claims = [two for two in (("il_al", "source_only"), ("cr_al", "source_only"), *CONTROL_STEPS) if set(two) <= set(scores)]
+    paper = {name: PAPER_MIOU[name] for name in scores if name in PAPER_MIOU}
+    return ablation_table(scores, paper, "source_only", claims, {short.name: short.title for short in rows})
+
+# %% ../nbs/25_results.ipynb #a0f35dfb
 def search_table(records: list, pair: str = "streets", tables=("1", "2", "references", "controls")) -> Table:
     "The search of equal budget: mIoU on val, lower, as it is, higher; and what the choice changes on test."
     lines, bold = [], set()
@@ -139,7 +163,22 @@ def search_table(records: list, pair: str = "streets", tables=("1", "2", "refere
             lines.append((row.title, *values, own, f"{(found[best]['miou'] or 0) - (found[0]['miou'] or 0):+.1f}"))
     return Table(("method", "lower", "as it is", "higher", "best on val", "on test"), lines, frozenset(bold))
 
-# %% ../nbs/25_results.ipynb #90323390
+# %% ../nbs/25_results.ipynb #e43ee2a5
+def fair_table(records: list, pair: str = "streets", steps=(*STEPS, *CONTROL_STEPS)) -> Table:
+    "Each step with the shared weights, and with each row at the weights that are best for it on val."
+    rows = _in_order(("1", "2", "references", "controls"))
+    shared, lines = row_scores(records, rows, PAIRS[pair]), []
+    own = {row.name: row_scores(records, [best], PAIRS[pair])[best.name]
+           for row, best in ((row, chosen_trial(records, row, PAIRS[pair])) for row in rows)}
+    titles = {row.name: row.title for row in rows}
+    for a, b in steps:
+        claim = gain(a, b) if {a, b} <= {*PAPER_MIOU} else None
+        base = shared if a.startswith(f"{b}+") else own
+        both = paired_difference(shared, a, b), paired_difference({a: own[a], b: base[b]}, a, b)
+        lines.append((f"{titles[a]} over {titles[b]}", "" if claim is None else f"{claim:+.1f}", *(_outcome(claim, d) for d in both)))
+    return Table(("step", "paper", "shared weights", "own weights"), lines)
+
+# %% ../nbs/25_results.ipynb #2a8961a7
 def weight_curves(records: list, weight: str,  # "lambda_ent" or "lambda_image"
                   methods, pair: str = "streets") -> dict:  # {title: {factor: {(data_seed, seed): mIoU}}}
     "Scores over multiples of one weight, for `parameter_figure`."
@@ -148,13 +187,13 @@ def weight_curves(records: list, weight: str,  # "lambda_ent" or "lambda_image"
         return row_scores(records, [row], PAIRS[pair])[row.name]
     return {method_title(m): {f: at(m, f) for f in FACTORS} for m in methods}
 
-# %% ../nbs/25_results.ipynb #269fb04a
+# %% ../nbs/25_results.ipynb #86523da5
 def diagnoses(records: list, pair: str = "streets") -> list:  # of (data_seed, seed, diagnosis)
     "What was seen inside CR-AL."
     found = row_records(records, Row("cr_al"), PAIRS[pair])
     return [(r["data_seed"], r["seed"], r["diagnosis"]) for r in found if "diagnosis" in r]
 
-# %% ../nbs/25_results.ipynb #c8ce1d85
+# %% ../nbs/25_results.ipynb #e2349b48
 def agreement_table(found: list,  # from `diagnoses`
                     measures=("regions", "within", "between", "auc", "beyond_entropy")) -> Table:
     "How far each map agrees with the error of the network: means over seeds."

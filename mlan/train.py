@@ -6,7 +6,7 @@
 __all__ = ['Result', 'run_mlan', 'save_segmenter', 'load_segmenter', 'picture_rows', 'save_pictures', 'load_pictures',
            'report_runs']
 
-# %% ../nbs/18_train.ipynb #4bddd735
+# %% ../nbs/18_train.ipynb #07d07f43
 import json
 import os
 import platform
@@ -31,7 +31,7 @@ from .settings import RUNTIME_SETTINGS, Settings, make_settings
 from .stages import Run, score, source_commit, walk
 from .trainer import TornFile, load_whole, read_log, save_atomically, usable_device
 
-# %% ../nbs/18_train.ipynb #affc84c0
+# %% ../nbs/18_train.ipynb #217368ba
 @dataclass(frozen=True)
 class Result:
     "What `run_mlan` returns."
@@ -40,7 +40,7 @@ class Result:
     out: Path  # the run's folder
     record: dict  # all that is in result.json
 
-# %% ../nbs/18_train.ipynb #8359f9df
+# %% ../nbs/18_train.ipynb #523641c0
 def run_mlan(source, target,  # "streets:engine", "airsim_nh", "folder:PATH", a data set, or a dict of one a split
              method: str = "mlan", profile: str = "quick", out: str | Path = "runs/mlan",
              stages: str | Path | None = None,  # folder of stage outcomes, to share between runs; by default OUT/stages
@@ -71,7 +71,7 @@ def run_mlan(source, target,  # "streets:engine", "airsim_nh", "folder:PATH", a 
     run.team.wait_for_everyone()
     return _result(record, out)
 
-# %% ../nbs/18_train.ipynb #b1748862
+# %% ../nbs/18_train.ipynb #47f5f656
 def _make_ready(run):
     "Images into memory where they fit; the GPU's peak is counted from here, for it is this run's."
     for samples in (run.data.source, run.data.target):
@@ -95,7 +95,7 @@ def _finished(out, settings):
 def _result(record, out):
     return Result(record["miou"], record["per_class"], out, record)
 
-# %% ../nbs/18_train.ipynb #e36beb78
+# %% ../nbs/18_train.ipynb #8fa0655e
 def _hardware(device) -> dict:
     "Device name, threads, and the peak memory of this process in MiB."
     if device.type == "cuda":
@@ -111,7 +111,7 @@ def _environment(device) -> dict:
     return {"commit": source_commit(), "versions": {n: metadata.version(n) for n in libraries},
             "python": platform.python_version(), **_hardware(device)}
 
-# %% ../nbs/18_train.ipynb #b21ecb5d
+# %% ../nbs/18_train.ipynb #4bd458f5
 def _record(run: Run, net: Segmenter, seconds: float) -> dict:
     "The run as one JSON object."
     data, s = run.data, run.s
@@ -128,7 +128,7 @@ def _record(run: Run, net: Segmenter, seconds: float) -> dict:
         record["miou_13"] = mean_iou(torch.tensor(test["matrix"]), data.classes, SYNTHIA_13)
     return json.loads(json.dumps(record))
 
-# %% ../nbs/18_train.ipynb #12025bd2
+# %% ../nbs/18_train.ipynb #3037e0c2
 def save_segmenter(net: Segmenter, path: Path, settings: Settings, shared: SharedClasses):
     "The last weights and all that `load_segmenter` needs to use them."
     about = {"classes": list(shared.classes), "members": [list(m) for m in shared.members],
@@ -155,7 +155,7 @@ def load_segmenter(path: str | Path,  # a run's checkpoint.pt
         raise ValueError(f"{path} is not a checkpoint of this package ({kind}); give a run's checkpoint.pt") from None
     return net.eval(), about
 
-# %% ../nbs/18_train.ipynb #5e4b8809
+# %% ../nbs/18_train.ipynb #0d64a888
 @torch.no_grad()
 def picture_rows(run: Run, net: Segmenter, n: int = 4) -> list:  # of PictureRow
     "Test images with truth, prediction and consistency maps."
@@ -171,7 +171,7 @@ def picture_rows(run: Run, net: Segmenter, n: int = 4) -> list:  # of PictureRow
         rows.append(PictureRow(Path(dataset.name(i)).stem, image, truth, {run.s.method: found}, maps))
     return rows
 
-# %% ../nbs/18_train.ipynb #e7b3d37f
+# %% ../nbs/18_train.ipynb #1d444583
 def save_pictures(path: Path, rows: list):
     "Images, truths, predictions and maps as one .npz file."
     arrays = {}
@@ -183,8 +183,17 @@ def save_pictures(path: Path, rows: list):
     np.savez_compressed(path, **arrays)
 
 
-def load_pictures(path: Path) -> list:  # of PictureRow
-    "Read what `save_pictures` wrote."
+def load_pictures(*paths: Path) -> list:  # of PictureRow
+    "Read what `save_pictures` wrote; of several runs on the same images, all predictions and maps side by side."
+    first, *others = map(_load_rows, paths)
+    for row, *same in zip(first, *others, strict=True):
+        for other in same:
+            row.predictions.update(other.predictions)
+            row.maps.update(other.maps)
+    return first
+
+
+def _load_rows(path):
     with np.load(path, allow_pickle=False) as f:
         arrays = {k: f[k] for k in f.files}
 
@@ -195,7 +204,7 @@ def load_pictures(path: Path) -> list:  # of PictureRow
     return [PictureRow(str(arrays[f"{i}/name"]), arrays[f"{i}/image"], arrays.get(f"{i}/truth"),
                        part(i, "prediction"), part(i, "map")) for i in range(n)]
 
-# %% ../nbs/18_train.ipynb #d7ce43e3
+# %% ../nbs/18_train.ipynb #52ad11f2
 def _one_axis(rows):
     "Log rows of all stages on one axis of steps."
     found, offset, last = [], 0, None
@@ -218,7 +227,7 @@ def _notes(records):
         notes.append(f"{method_title(r['method'])}: seed {r['seed']}, {r['seconds']:.0f} s{'; ' + made if made else ''}")
     return notes
 
-# %% ../nbs/18_train.ipynb #838926b6
+# %% ../nbs/18_train.ipynb #e54b4c6a
 def report_runs(folders: list,  # of runs on one source and target, in the order of the table
                 path: str | Path,  # the report to write
                 records: list | None = None,  # their records, if not yet in their folders
@@ -233,11 +242,7 @@ def report_runs(folders: list,  # of runs on one source and target, in the order
         raise ValueError(f"runs on different data: {', '.join(map(str, folders))}; report runs on one pair together")
     if len({r["method"] for r in records}) < len(records):
         raise ValueError(f"two runs of one method: {', '.join(map(str, folders))}; report one seed at a time")
-    rows = load_pictures(folders[0] / "pictures.npz")
-    for folder in folders[1:]:
-        for row, other in zip(rows, load_pictures(folder / "pictures.npz"), strict=True):
-            row.predictions.update(other.predictions)
-            row.maps.update(other.maps)
+    rows = load_pictures(*(f / "pictures.npz" for f in folders))
     names, first = [r["method"] for r in records], records[0]
     curves = {n: _one_axis(read_log(f / "log.jsonl")) for n, f in zip(names, folders)}
     settings = {k: v for k, v in first["settings"].items() if all(r["settings"][k] == v for r in records)}
@@ -246,7 +251,7 @@ def report_runs(folders: list,  # of runs on one source and target, in the order
     colors = np.array(first["colors"], np.uint8)
     return write_report(path, title, settings, scores, curves, rows, _notes(records), first["classes"], colors)
 
-# %% ../nbs/18_train.ipynb #72836ef6
+# %% ../nbs/18_train.ipynb #dc084b99
 def _write(run: Run, net: Segmenter, record: dict, out: Path):
     "Everything that a run's folder holds; result.json last, because it says that the run is done."
     (out / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in run.logs))

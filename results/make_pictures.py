@@ -15,21 +15,12 @@ from mlan.train import load_pictures, save_pictures
 METHODS = ("source_only", "rl_al", "il_al", "cr_al", "mlan")
 
 
-def merged(folders: list) -> list:
-    "The rows of several runs on the same images as one, without what belongs to the data set."
-    rows = load_pictures(folders[0] / "pictures.npz")
-    for folder in folders[1:]:
-        for row, other in zip(rows, load_pictures(folder / "pictures.npz"), strict=True):
-            row.predictions.update(other.predictions)
-            row.maps.update(other.maps if "cr_al" in other.predictions else {})
-    return without_photographs(rows)
-
-
 if __name__ == "__main__":
     runs, known = Path(sys.argv[1]), records()
     for name, pair in PAIRS.items():
         first = [r for m in METHODS for r in row_records(known, Row(m), pair) if r["seed"] == r["data_seed"] == 0]
         folders = [runs / f"{r['method']}-{experiment_key(r['settings'])}" for r in first]
         if folders and all((f / "pictures.npz").exists() for f in folders):
-            save_pictures(HERE / f"pictures_{name}.npz", merged(folders))
+            rows = load_pictures(*(f / "pictures.npz" for f in folders))
+            save_pictures(HERE / f"pictures_{name}.npz", without_photographs(rows))
             print(name, *(r["method"] for r in first))

@@ -13,7 +13,8 @@ import pytest
 from mlan.experiments import BENCHMARK, FACTORS, PAIRS, TABLES, Row, experiment_key, read_records, row_settings, trials
 from mlan.paper_tables import PAPER_MIOU, STEPS, gain
 from mlan.results import (
-    WORDS, ablation, coverage_table, order_table, outcome_table, pairs_table, repeat_differences, search_table, tally, weight_curves)
+    WORDS, ablation, condition_table, coverage_table, fair_table, order_table, outcome_table, pairs_table, pretrained_tables,
+    repeat_differences, search_table, tally, weight_curves)
 
 ROOT = Path(__file__).parent.parent
 RECORDS = ROOT / "results" / "experiments.jsonl"
@@ -114,6 +115,35 @@ def test_the_search_judges_on_val_and_tells_what_it_does_on_test():
     runs = [record(Row("il_al"), 40.0, 39.0), record(lower, 38.5, 39.5), record(higher, 45.0, 20.0), record(Row("rl_al"), 1.0, 1.0)]
     table = search_table(runs)
     assert table.rows == [("IL-AL", "39.5", "39.0", "20.0", "lambda_image x 0.33", "-1.5")] and table.bold == {(0, 1)}
+
+
+def test_each_row_at_its_own_weights_is_compared_with_what_it_was_built_on():
+    "CR-AL's better weights count against IL-AL, not against CR-AL + ST, which was trained from CR-AL at the shared weights."
+    better = trials(Row("cr_al"))[1]
+    runs = [record(Row("cr_al"), 40.0, 39.0), record(better, 43.0, 41.0), record(Row("regularized_il_al"), 39.0, 1.0),
+            record(Row("cr_al+st"), 41.0, 1.0)]
+    told = {line[0]: line[1:] for line in fair_table(runs).rows}
+    assert told["CR-AL over regularized IL-AL"] == ("+2.2", "open +1.0 (1 seed)", "open +4.0 (1 seed)")
+    assert told["CR-AL+ST over CR-AL"] == ("+1.7", "open +1.0 (1 seed)", "open +1.0 (1 seed)")
+    assert told["RLL over source only"][1:] == ("not run", "not run")
+
+
+def test_a_condition_is_compared_with_the_plain_sum_under_the_same_condition():
+    hog = (("descriptor", "hog"),)
+    runs = [record(Row("cr_al"), 40.0), record(Row("rl_al_and_il_al"), 41.0), record(Row("cr_al", hog), 42.0),
+            record(Row("rl_al_and_il_al", hog), 44.0), record(Row("cr_al", (("pooling", "adaptive"),)), 39.0)]
+    told = {line[0]: line[1:] for line in condition_table(runs).rows}
+    assert told["CR-AL, descriptor hog"] == ("42.0", "+2.0 (1 seed)", "-2.0 (1 seed)")
+    assert told["RL-AL and IL-AL, descriptor hog"] == ("44.0", "+3.0 (1 seed)", "")
+    assert told["CR-AL, pooling adaptive"] == ("39.0", "-1.0 (1 seed)", "-2.0 (1 seed)")
+
+
+def test_rows_from_imagenet_stand_beside_each_other_and_not_beside_the_small_network():
+    rows = TABLES["pretrained"]
+    runs = [record(Row("cr_al"), 10.0)] + [record(row, 50.0 + i) for i, row in enumerate(rows)]
+    table = pretrained_tables(runs)
+    assert [line[3] for line in table.methods.rows] == [f"{50 + i:.1f}" for i in range(len(rows))]
+    assert all("backbone" not in line[0] for line in table.methods.rows)
 
 
 def test_curves_hold_the_tables_own_run_at_one():

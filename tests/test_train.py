@@ -15,6 +15,7 @@ from mlan.command_line import main
 from mlan.label_spaces import DataError
 from mlan.networks import weights_digest
 from mlan.pairs import PairData, open_pair
+from mlan.self_training import turned
 from mlan.stages import Run, walk
 from mlan.train import load_pictures, load_segmenter, report_runs, run_mlan
 from mlan.settings import PLANS, make_settings
@@ -54,6 +55,28 @@ def test_methods_share_what_is_equal_by_definition(tmp_path):
     assert len(list((tmp_path / "stages").glob("align-*.pt"))) == len(list((tmp_path / "stages").glob("warm_up-*.pt"))) == 1
     alone = run_mlan(*PAIR, "cr_al+st", out=tmp_path / "c", progress=False, **FEW)
     assert alone.record["matrix"] == second.record["matrix"]
+
+
+def test_only_regularized_self_training_hears_of_its_reading(tmp_path):
+    "R12: three rules, three outcomes of RST, one of ST."
+    used, shares = {}, {}
+    for method in ("cr_al+rst", "cr_al+st"):
+        data = open_pair(make_settings(*PAIR, method, **FEW))
+        for reading in ("portion", "threshold", "turned"):
+            run = Run(make_settings(*PAIR, method, **FEW, rst_reading=reading), data, tmp_path)
+            net = walk(run)
+            used.setdefault(method, []).append(run.used["self_training"].name)
+            shares[method, reading] = [r["coverage"] for r in run.facts["self_training"]]
+            assert all(p.isfinite().all() for p in net.parameters())
+    assert len({*used["cr_al+rst"]}) == 3 and len({*used["cr_al+st"]}) == 1
+    assert shares["cr_al+rst", "threshold"] != shares["cr_al+rst", "portion"]
+
+
+def test_turned_maps_have_the_same_values_and_the_opposite_order():
+    maps = torch.rand(3, 4, 5, generator=torch.Generator().manual_seed(0))
+    other = turned(maps)
+    assert torch.equal(other.flatten().sort()[0], maps.flatten().sort()[0]) and torch.equal(turned(other), maps)
+    assert torch.equal(other.flatten().argsort().flip(0), maps.flatten().argsort())
 
 
 @pytest.mark.parametrize("setting, stage", [("lr", "align"), ("lambda_ent", "align"), ("warmup_lr", "warm_up"), ("n_relations", "regions"),
