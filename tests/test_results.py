@@ -151,6 +151,8 @@ def test_curves_hold_the_tables_own_run_at_one():
             record(Row("rl_al", times=(("lambda_image", 0.2),)), 1.0)]
     curve = weight_curves(runs, "lambda_ent", ["rl_al"])["RL-AL"]
     assert set(curve) == set(FACTORS) and curve[1] == {(0, 0): 38.0} and curve[0.2] == {(0, 0): 37.0} and curve[1.8] == {}
+    more = [*runs, record(Row("rl_al"), 20.0, data_seed=1)]          # other scenes at one point only: no dip of the curve
+    assert weight_curves(more, "lambda_ent", ["rl_al"])["RL-AL"] == curve
 
 
 def test_repeats_are_paired_by_experiment_and_seed():
