@@ -6,12 +6,13 @@
 __all__ = ['Result', 'run_mlan', 'save_segmenter', 'load_segmenter', 'picture_rows', 'save_pictures', 'load_pictures',
            'report_runs']
 
-# %% ../nbs/18_train.ipynb #07d07f43
+# %% ../nbs/18_train.ipynb #044a30f8
 import json
 import os
 import platform
 import sys
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -31,7 +32,7 @@ from .settings import RUNTIME_SETTINGS, Settings, make_settings
 from .stages import Run, score, source_commit, walk
 from .trainer import TornFile, load_whole, read_log, save_atomically, usable_device
 
-# %% ../nbs/18_train.ipynb #217368ba
+# %% ../nbs/18_train.ipynb #9e9e170c
 @dataclass(frozen=True)
 class Result:
     "What `run_mlan` returns."
@@ -40,7 +41,7 @@ class Result:
     out: Path  # the run's folder
     record: dict  # all that is in result.json
 
-# %% ../nbs/18_train.ipynb #523641c0
+# %% ../nbs/18_train.ipynb #6b6bbc1b
 def run_mlan(source, target,  # "streets:engine", "airsim_nh", "folder:PATH", a data set, or a dict of one a split
              method: str = "mlan", profile: str = "quick", out: str | Path = "runs/mlan",
              stages: str | Path | None = None,  # folder of stage outcomes, to share between runs; by default OUT/stages
@@ -71,13 +72,16 @@ def run_mlan(source, target,  # "streets:engine", "airsim_nh", "folder:PATH", a 
     run.team.wait_for_everyone()
     return _result(record, out)
 
-# %% ../nbs/18_train.ipynb #47f5f656
+# %% ../nbs/18_train.ipynb #b5783bce
 def _make_ready(run):
-    "Images into memory where they fit; the GPU's peak is counted from here, for it is this run's."
-    for samples in (run.data.source, run.data.target):
-        samples.load(workers=min(2, os.cpu_count()), progress=run.progress and run.main)
+    "Images into memory where they fit; peak memory is counted from here, for it is this run's."
     if run.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(run.device)
+    else:
+        with suppress(OSError):                              # Linux only; elsewhere the peak is that of the process
+            Path("/proc/self/clear_refs").write_text("5")
+    for samples in (run.data.source, run.data.target):
+        samples.load(workers=min(2, os.cpu_count()), progress=run.progress and run.main)
 
 
 def _finished(out, settings):
@@ -95,9 +99,9 @@ def _finished(out, settings):
 def _result(record, out):
     return Result(record["miou"], record["per_class"], out, record)
 
-# %% ../nbs/18_train.ipynb #8fa0655e
+# %% ../nbs/18_train.ipynb #ae9c41f4
 def _hardware(device) -> dict:
-    "Device name, threads, and the peak memory of this process in MiB."
+    "Device name, threads, and the peak memory of this run in MiB."
     if device.type == "cuda":
         return {"device": torch.cuda.get_device_name(device), "peak_mib": torch.cuda.max_memory_allocated(device) >> 20}
     import resource
@@ -111,7 +115,7 @@ def _environment(device) -> dict:
     return {"commit": source_commit(), "versions": {n: metadata.version(n) for n in libraries},
             "python": platform.python_version(), **_hardware(device)}
 
-# %% ../nbs/18_train.ipynb #4bd458f5
+# %% ../nbs/18_train.ipynb #597b2c11
 def _record(run: Run, net: Segmenter, seconds: float) -> dict:
     "The run as one JSON object."
     data, s = run.data, run.s
@@ -128,7 +132,7 @@ def _record(run: Run, net: Segmenter, seconds: float) -> dict:
         record["miou_13"] = mean_iou(torch.tensor(test["matrix"]), data.classes, SYNTHIA_13)
     return json.loads(json.dumps(record))
 
-# %% ../nbs/18_train.ipynb #3037e0c2
+# %% ../nbs/18_train.ipynb #4d527170
 def save_segmenter(net: Segmenter, path: Path, settings: Settings, shared: SharedClasses):
     "The last weights and all that `load_segmenter` needs to use them."
     about = {"classes": list(shared.classes), "members": [list(m) for m in shared.members],
@@ -155,7 +159,7 @@ def load_segmenter(path: str | Path,  # a run's checkpoint.pt
         raise ValueError(f"{path} is not a checkpoint of this package ({kind}); give a run's checkpoint.pt") from None
     return net.eval(), about
 
-# %% ../nbs/18_train.ipynb #0d64a888
+# %% ../nbs/18_train.ipynb #6dace278
 @torch.no_grad()
 def picture_rows(run: Run, net: Segmenter, n: int = 4) -> list:  # of PictureRow
     "Test images with truth, prediction and consistency maps."
@@ -171,7 +175,7 @@ def picture_rows(run: Run, net: Segmenter, n: int = 4) -> list:  # of PictureRow
         rows.append(PictureRow(Path(dataset.name(i)).stem, image, truth, {run.s.method: found}, maps))
     return rows
 
-# %% ../nbs/18_train.ipynb #1d444583
+# %% ../nbs/18_train.ipynb #c6b4256d
 def save_pictures(path: Path, rows: list):
     "Images, truths, predictions and maps as one .npz file."
     arrays = {}
@@ -204,7 +208,7 @@ def _load_rows(path):
     return [PictureRow(str(arrays[f"{i}/name"]), arrays[f"{i}/image"], arrays.get(f"{i}/truth"),
                        part(i, "prediction"), part(i, "map")) for i in range(n)]
 
-# %% ../nbs/18_train.ipynb #52ad11f2
+# %% ../nbs/18_train.ipynb #b7705ab4
 def _one_axis(rows):
     "Log rows of all stages on one axis of steps."
     found, offset, last = [], 0, None
@@ -227,7 +231,7 @@ def _notes(records):
         notes.append(f"{method_title(r['method'])}: seed {r['seed']}, {r['seconds']:.0f} s{'; ' + made if made else ''}")
     return notes
 
-# %% ../nbs/18_train.ipynb #e54b4c6a
+# %% ../nbs/18_train.ipynb #c1de119b
 def report_runs(folders: list,  # of runs on one source and target, in the order of the table
                 path: str | Path,  # the report to write
                 records: list | None = None,  # their records, if not yet in their folders
@@ -251,7 +255,7 @@ def report_runs(folders: list,  # of runs on one source and target, in the order
     colors = np.array(first["colors"], np.uint8)
     return write_report(path, title, settings, scores, curves, rows, _notes(records), first["classes"], colors)
 
-# %% ../nbs/18_train.ipynb #dc084b99
+# %% ../nbs/18_train.ipynb #10e50c7c
 def _write(run: Run, net: Segmenter, record: dict, out: Path):
     "Everything that a run's folder holds; result.json last, because it says that the run is done."
     (out / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in run.logs))

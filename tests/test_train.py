@@ -57,6 +57,16 @@ def test_methods_share_what_is_equal_by_definition(tmp_path):
     assert alone.record["matrix"] == second.record["matrix"]
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere the peak is that of the process")
+def test_peak_memory_is_a_runs_own_and_not_that_of_the_process(stages, tmp_path):
+    large = np.ones(10 ** 8)                                         # 800 MB that are gone before the run begins
+    assert large.sum() > 0
+    del large
+    few = run_mlan(*PAIR, "source_only", out=tmp_path / "run", stages=stages, progress=False, **FEW).record["peak_mib"]
+    now = next(int(line.split()[1]) >> 10 for line in open("/proc/self/status") if line.startswith("VmRSS"))
+    assert now / 2 < few < now + 600
+
+
 def test_only_regularized_self_training_hears_of_its_reading(tmp_path):
     "R12: three rules, three outcomes of RST, one of ST."
     used, shares = {}, {}
