@@ -1,16 +1,17 @@
-"""Tables of the README, the index and the benchmarks' README from the records beside this file.
+"""Tables of the READMEs (the front page's, this folder's, the benchmarks') from the records beside this file.
 
 python results/make_tables.py            prints them
-python results/make_tables.py --write    puts them between the marks in README.md and benchmarks/README.md, draws nbs/figures/results.png
+python results/make_tables.py --write    puts them between the marks in the three pages, draws nbs/figures/results.png
 """
 import json
 import sys
 from pathlib import Path
 
 from mlan.comparison import Table, ablation_figure, paired_difference, summary
-from mlan.experiments import PAIRS, Row, read_records, row_records, row_scores
+from mlan.experiments import PAIRS, Row, read_records, row_records, row_scores, trials
 from mlan.paper_tables import PAPER_MIOU, STEPS
-from mlan.results import WORDS, ablation, answer, outcome_table, pairs_table, tally
+from mlan.results import (
+    WORDS, ablation, answer, condition_table, fair_table, outcome_table, pairs_table, pretrained_tables, search_table, tally)
 
 HERE = Path(__file__).parent
 BEGIN, END = "<!-- results: made by results/make_tables.py -->", "<!-- end of results -->"
@@ -30,14 +31,24 @@ def about(runs: list) -> str:
 
 
 def tables() -> str:
-    "The main table, the paper's steps on all pairs, and every row on all pairs."
+    "The main table, and what the records say."
     runs = records()
     main, first = ablation(runs, "streets", MAIN, STEPS).methods, row_records(runs, Row("source_only"), PAIRS["streets"])
     return "\n\n".join([f"**{PAIRS['streets'].source} to {PAIRS['streets'].target}**, {about(first)}:", main.markdown(),
-                        "**Each step that the paper takes**, here: *reproduced* or *contradicted* where the 95 % interval leaves out zero "
-                        "(each by itself; Holm's mark for all together is in notebook 25):",
-                        outcome_table(runs).markdown(), "**All pairs**, mIoU on test:", pairs_table(runs).markdown(),
                         "What these records say (differences in points, with their 95 % interval):", told(runs)])
+
+
+def all_tables() -> str:
+    "The paper's steps and all rows on all pairs, conditions, rows from ImageNet's weights, the search and what it changes."
+    runs = records()
+    return "\n\n".join([
+        "**Each step that the paper takes**: *reproduced* or *contradicted* where the 95 % interval leaves out zero (each by itself; "
+        "Holm's mark for all together is in notebook 25):", outcome_table(runs).markdown(),
+        "**All pairs**, mIoU on test, mean and standard deviation over runs:", pairs_table(runs).markdown(),
+        "**Conditions**, on the first pair:", condition_table(runs).markdown(),
+        "**From ImageNet's weights** (VGG-16), on the first pair:", pretrained_tables(runs).markdown(),
+        "**The search**: mIoU on val with each row's own weights lower, as they are, higher:", search_table(runs).markdown(),
+        "**What it changes**: each comparison with the shared weights, and with each row at its own best:", fair_table(runs).markdown()])
 
 
 def told(runs: list) -> str:
@@ -47,6 +58,7 @@ def told(runs: list) -> str:
         return summary(scores).told if scores else "not run"
 
     counts = dict(zip(WORDS, tally(outcome_table(runs)).rows[0][1:]))
+    own = [line[3].split()[0] for line in fair_table(runs, steps=STEPS).rows]
     raw = Row("cr_al", set=(("map_weights", "raw"),))
     both = Row("cr_al"), Row("source_only")
     gains = {pair: paired_difference(row_scores(runs, both, PAIRS[pair]), "cr_al", "source_only") for pair in PAIRS}
@@ -54,16 +66,19 @@ def told(runs: list) -> str:
             if d and d.mean < 0]
     return "\n".join("- " + line for line in (
         f"**The paper's steps:** of {len(STEPS)}, {counts['reproduced']} are reproduced, {counts['contradicted']} contradicted, "
-        f"{counts['open']} open.",
+        f"{counts['open']} open; with each row at its own best weights {own.count('reproduced')}, {own.count('contradicted')} and "
+        f"{own.count('open')}.",
         "**The maps:** " + answer(runs, "cr_al", {"rl_al_and_il_al": "the plain sum of its games",
                                                   "cr_al map_weights=shuffled": "its own maps at shuffled places"}),
-        f"**Their scale:** with raw maps, as printed, CR-AL ends at {level(raw)}; the `quick` profile gives them mean 1.",
+        f"**Their scale:** with raw maps, as printed, CR-AL ends at {level(raw)}, with a third of the weights at {level(trials(raw)[1])}; "
+        "the `quick` profile gives them mean 1.",
         "**What costs less:** " + answer(runs, "cr_al", {"adabn": "AdaBN (no training)", "fda": "FDA (some frequencies swapped)"}),
         "**Translation:** " + answer(runs, "cr_al+rit", {"cr_al": "CR-AL", "cr_al+it": "the unweighted pair",
                                                          "cr_al+fda": "CR-AL with FDA"}),
         "**Self-training:** " + answer(runs, "cr_al+rst", {"cr_al": "CR-AL", "cr_al+st": "ST",
                                                            "cr_al+continued": "CR-AL trained on for as long"}),
-        "**It can hurt:** CR-AL stays below source only on " + (", ".join(lost) or "no pair") + " (one seed; weights from another pair)."))
+        "**It can hurt:** CR-AL stays below source only on " + (", ".join(lost) or "no pair")
+        + ", with loss weights that were found on the first pair."))
 
 
 def picture():
@@ -116,7 +131,7 @@ def benchmark_tables() -> str:
     return "\n\n".join(f"{title}, {r.get('device', r.get('machine'))}:\n\n{made}" for title, made, r in parts)
 
 
-MADE = {"README.md": tables, "benchmarks/README.md": benchmark_tables}
+MADE = {"README.md": tables, "results/README.md": all_tables, "benchmarks/README.md": benchmark_tables}
 
 
 def with_tables(text: str, make=tables) -> str:

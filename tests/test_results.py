@@ -38,7 +38,7 @@ def as_in_the_paper(seeds=(0, 1, 2)) -> list:
     return [record(Row(m), v + 0.01 * ((3 * i + 7 * s) % 5), seed=s) for i, (m, v) in enumerate(PAPER_MIOU.items()) for s in seeds]
 
 
-@pytest.mark.parametrize("page", ["README.md", "benchmarks/README.md"])
+@pytest.mark.parametrize("page", ["README.md", "results/README.md", "benchmarks/README.md"])
 def test_tables_are_made_from_the_records(page):
     make_tables = runpy.run_path(str(ROOT / "results" / "make_tables.py"))
     text = (ROOT / page).read_text(encoding="utf-8")
