@@ -7,7 +7,7 @@ __all__ = ['WORDS', 'coverage_table', 'outcome_table', 'tally', 'repeat_differen
            'pairs_table', 'condition_table', 'pretrained_tables', 'search_table', 'fair_table', 'weight_curves',
            'diagnoses', 'agreement_table']
 
-# %% ../nbs/25_results.ipynb #1383a714
+# %% ../nbs/25_results.ipynb #e267b4e4
 from statistics import mean
 
 from .comparison import (AblationTables, Table, ablation_table, paired_difference, rank_agreement, rank_agreement_interval,
@@ -18,7 +18,7 @@ from .experiments import (CONTROL_STEPS, FACTORS, PAIRS, PRETRAINED, TABLES, Row
 from .paper_tables import PAPER_MIOU, STEPS, gain
 from .report import method_title
 
-# %% ../nbs/25_results.ipynb #8042fa0f
+# %% ../nbs/25_results.ipynb #67e5811d
 def _in_order(tables) -> list:
     "Rows of tables: the paper's in its order, then the others; of two with the same settings the first."
     rows = sorted((row for table in tables for row in TABLES[table]), key=lambda row: [*PAPER_MIOU, row.name].index(row.name))
@@ -43,7 +43,7 @@ def coverage_table(records: list) -> Table:
                 lines.append((pair, table, f"{sum(map(bool, found))} of {len(rows)}", str(len(seeds)), str(len(runs)), f"{hours:.1f}"))
     return Table(("pair", "table", "rows run", "seeds", "runs", "hours"), lines)
 
-# %% ../nbs/25_results.ipynb #7b081386
+# %% ../nbs/25_results.ipynb #937b7b03
 def outcome_table(records: list, steps=STEPS, pairs=tuple(PAIRS)) -> Table:
     "The paper's steps on every pair."
     rows = _in_order(("1", "2"))
@@ -56,7 +56,7 @@ def outcome_table(records: list, steps=STEPS, pairs=tuple(PAIRS)) -> Table:
 
 def _outcome(claim, ours): return f"{verdict(claim, ours)} {ours.told}" if ours else "not run"
 
-# %% ../nbs/25_results.ipynb #d23f59fe
+# %% ../nbs/25_results.ipynb #d83e8876
 WORDS = ("reproduced", "contradicted", "open", "not run")
 
 
@@ -65,7 +65,7 @@ def tally(table: Table) -> Table:
     told = {head: [next(w for w in WORDS if line[j].startswith(w)) for line in table.rows] for j, head in enumerate(table.heads) if j > 1}
     return Table(("pair", *WORDS), [(pair, *(str(words.count(w)) for w in WORDS)) for pair, words in told.items()])
 
-# %% ../nbs/25_results.ipynb #ac3ed600
+# %% ../nbs/25_results.ipynb #4c382fe2
 def repeat_differences(records: list, others: list) -> dict:  # {method: [points, one a seed]}
     "mIoU of experiments minus that of the same experiments in another list."
     there = {experiment_key(r["settings"]): r["miou"] for r in others}
@@ -76,7 +76,7 @@ def repeat_differences(records: list, others: list) -> dict:  # {method: [points
             found.setdefault(r["method"], []).append(r["miou"] - there[experiment_key(r["settings"])])
     return found
 
-# %% ../nbs/25_results.ipynb #5334f083
+# %% ../nbs/25_results.ipynb #8fe97098
 def ablation(records: list, pair: str, tables, steps, base: str = "source_only") -> AblationTables:
     "Tables of rows and of claims on one pair: the paper's numbers, ours, and the differences."
     rows = _in_order(tables)
@@ -85,7 +85,7 @@ def ablation(records: list, pair: str, tables, steps, base: str = "source_only")
     claims = [two for two in steps if set(two) <= set(scores)]
     return ablation_table(scores, paper, base, claims, {row.name: row.title for row in rows})
 
-# %% ../nbs/25_results.ipynb #f42419c0
+# %% ../nbs/25_results.ipynb #89abe0ab
 def order_table(records: list, pairs=tuple(PAIRS)) -> Table:
     "Rank agreement with Tables 1 and 2 on each pair."
     lines = []
@@ -101,7 +101,7 @@ def order_table(records: list, pairs=tuple(PAIRS)) -> Table:
             lines.append((pair, table, str(found.n), f"{found.tau:+.2f}", each, swapped))
     return Table(("pair", "table", "rows", "tau", "seed by seed", "in the other order here"), lines)
 
-# %% ../nbs/25_results.ipynb #0d6ed82c
+# %% ../nbs/25_results.ipynb #72d3fa70
 def answer(records: list, row: str, bases: dict,  # {row to beat: as a sentence names it}
            pair: str = "streets") -> str:
     "What our runs say of one row against some others, in a sentence."
@@ -113,7 +113,7 @@ def answer(records: list, row: str, bases: dict,  # {row to beat: as a sentence 
     end = f"It is clearly above {', '.join(beaten)} and no other of these." if beaten else "It is clearly above none of these."
     return f"{method_title(row)} stands {'; '.join(parts)}. {end}"
 
-# %% ../nbs/25_results.ipynb #a86e44c7
+# %% ../nbs/25_results.ipynb #8e708424
 def pairs_table(records: list, tables=("1", "2", "references", "controls")) -> Table:
     "Mean and deviation of every row on every pair; the best of each pair bold, the oracle apart."
     rows, told, best = _in_order(tables), {}, set()
@@ -125,7 +125,7 @@ def pairs_table(records: list, tables=("1", "2", "references", "controls")) -> T
     lines = [(row.title, *(told[c][i] for c in told)) for i, row in enumerate(rows)]
     return Table(("method", *PAIRS), lines, frozenset(best))
 
-# %% ../nbs/25_results.ipynb #9a0bb71e
+# %% ../nbs/25_results.ipynb #f97210d7
 def condition_table(records: list, pair: str = "streets") -> Table:
     "Each condition against the same row as usual, and CR-AL against the plain sum of its games under the same condition."
     rows = TABLES["conditions"]
@@ -139,7 +139,7 @@ def condition_table(records: list, pair: str = "streets") -> Table:
         lines.append((row.title, found.told if found else "not run", told[0], told[1] if row.method == "cr_al" else ""))
     return Table(("condition", "mIoU", "over the row as it is", "over the plain sum"), lines)
 
-# %% ../nbs/25_results.ipynb #e81321d6
+# %% ../nbs/25_results.ipynb #e54064aa
 def pretrained_tables(records: list, pair: str = "streets") -> AblationTables:
     "Rows from ImageNet's weights, and the comparisons that ask after levels and maps."
     rows = {Row(row.method, tuple(two for two in row.set if two not in PRETRAINED)): row for row in TABLES["pretrained"]}
@@ -148,7 +148,7 @@ def pretrained_tables(records: list, pair: str = "streets") -> AblationTables:
     paper = {name: PAPER_MIOU[name] for name in scores if name in PAPER_MIOU}
     return ablation_table(scores, paper, "source_only", claims, {short.name: short.title for short in rows})
 
-# %% ../nbs/25_results.ipynb #f5702f58
+# %% ../nbs/25_results.ipynb #8e90208c
 def search_table(records: list, pair: str = "streets", tables=("1", "2", "references", "controls")) -> Table:
     "The search of equal budget: mIoU on val, lower, as it is, higher; and what the choice changes on test."
     lines, bold = [], set()
@@ -163,7 +163,7 @@ def search_table(records: list, pair: str = "streets", tables=("1", "2", "refere
             lines.append((row.title, *values, own, f"{(found[best]['miou'] or 0) - (found[0]['miou'] or 0):+.1f}"))
     return Table(("method", "lower", "as it is", "higher", "best on val", "on test"), lines, frozenset(bold))
 
-# %% ../nbs/25_results.ipynb #661cba1e
+# %% ../nbs/25_results.ipynb #05375990
 def fair_table(records: list, pair: str = "streets", steps=(*STEPS, *CONTROL_STEPS)) -> Table:
     "Each step with the shared weights, and with each row at the weights that are best for it on val."
     rows = _in_order(("1", "2", "references", "controls"))
@@ -178,7 +178,7 @@ def fair_table(records: list, pair: str = "streets", steps=(*STEPS, *CONTROL_STE
         lines.append((f"{titles[a]} over {titles[b]}", "" if claim is None else f"{claim:+.1f}", *(_outcome(claim, d) for d in both)))
     return Table(("step", "paper", "shared weights", "own weights"), lines)
 
-# %% ../nbs/25_results.ipynb #d1b5d7e7
+# %% ../nbs/25_results.ipynb #2dcd9f48
 def weight_curves(records: list, weight: str,  # "lambda_ent" or "lambda_image"
                   methods, pair: str = "streets") -> dict:  # {title: {factor: {(data_seed, seed): mIoU}}}
     "Scores over multiples of one weight, of the seeds that every point has, for `parameter_figure`."
@@ -191,13 +191,13 @@ def weight_curves(records: list, weight: str,  # "lambda_ent" or "lambda_image"
     return {method_title(m): {f: {run: s for run, s in scores.items() if run in common} for f, scores in curve.items()}
             for m, curve in found.items()}
 
-# %% ../nbs/25_results.ipynb #b92d84fb
+# %% ../nbs/25_results.ipynb #1452a710
 def diagnoses(records: list, pair: str = "streets") -> list:  # of (data_seed, seed, diagnosis)
     "What was seen inside CR-AL."
     found = row_records(records, Row("cr_al"), PAIRS[pair])
     return [(r["data_seed"], r["seed"], r["diagnosis"]) for r in found if "diagnosis" in r]
 
-# %% ../nbs/25_results.ipynb #5b105c24
+# %% ../nbs/25_results.ipynb #e4332b4b
 def agreement_table(found: list,  # from `diagnoses`
                     measures=("regions", "within", "between", "auc", "beyond_entropy")) -> Table:
     "How far each map agrees with the error of the network: means over seeds."
