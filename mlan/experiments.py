@@ -75,7 +75,7 @@ def row_settings(row: Row, pair: Pair, profile: str = "quick",
     scaled = {k: getattr(usual, k) * factor for k, factor in row.times}
     return make_settings(pair.source, pair.target, row.method, profile, **{**given, **scaled})
 
-# %% ../nbs/22_experiments.ipynb #bd086f2f
+# %% ../nbs/22_experiments.ipynb #153b4b64
 ADVERSARIAL = {"rl_al": "lambda_ent", "regularized_rl_al": "lambda_ent", "il_al": "lambda_image", "regularized_il_al": "lambda_image"}
 FACTORS = (0.2, 0.6, 1, 1.4, 1.8)  # of Figures 5 and 6
 
@@ -103,15 +103,17 @@ TABLES = {
         *(Row(m, set=(("n_relations", 25),)) for m in ("cr_al", "rl_al_and_il_al")),  # N
         Row("cr_al", set=(("reading", "literal"),)), Row("cr_al", set=(("pooling", "adaptive"),)),  # R4, R7
         Row("cr_al", set=(("map_weights", "raw"),), times=(("lambda_ent", 1 / 3), ("lambda_image", 4))),  # R8, R9: by the maps' means
+        Row("cr_al", set=(("map_placement", "own"),)),  # Eq. 8, 9
         *(Row("cr_al+rst", set=(("rst_reading", how),)) for how in ("threshold", "turned"))),  # R12
     "pretrained": tuple(Row(m, set=(*PRETRAINED, *own)) for m, own in (
         ("source_only", ()), ("cr_al", ()), ("rl_al_and_il_al", ()), ("cr_al", (("map_weights", "shuffled"),)), ("il_al", ()),
         ("fda", ()), ("oracle", ())))}
 
-# %% ../nbs/22_experiments.ipynb #ce82b02b
+# %% ../nbs/22_experiments.ipynb #fc6dff67
 CONTROL_STEPS = (  # (row, the control that it has to beat)
     ("cr_al", "adabn"), ("cr_al", "fda"), ("cr_al", "rl_al_and_il_al"), ("cr_al", "cr_al map_weights=shuffled"),
-    ("cr_al", "il_al_and_rll"), ("cr_al+st", "cr_al+continued"), ("cr_al+rst", "cr_al+continued"), ("cr_al+rit", "cr_al+fda"))
+    ("cr_al", "cr_al map_weights=turned"), ("cr_al", "il_al_and_rll"), ("cr_al+st", "cr_al+continued"),
+    ("cr_al+rst", "cr_al+continued"), ("cr_al+rit", "cr_al+fda"))
 
 # %% ../nbs/22_experiments.ipynb #b1db7200
 _ALL = "lambda_region lambda_ent lambda_image"

@@ -69,7 +69,7 @@ class _ModelSettings(_DataSettings):
     critic_width: int = 64  # C_image's first channels (Section 4.2)
     pooling: str = "resize"  # R7
 
-# %% ../nbs/14_settings.ipynb #49c586ad
+# %% ../nbs/14_settings.ipynb #0b094b70
 @dataclass(frozen=True)
 class _TrainingSettings(_ModelSettings):
     warmup_steps: int = 0  # source-only steps before adaptation; 0 with ImageNet weights, as in the paper
@@ -90,6 +90,7 @@ class _TrainingSettings(_ModelSettings):
     lambda_image: float = 1e-3
     ramp_steps: int = 0  # the two adversarial terms grow linearly over so many steps
     map_weights: str = "raw"  # R9
+    map_placement: str = "crossed"  # Eq. 8 and 9
     reading: str = "entropy"  # R4
 
 # %% ../nbs/14_settings.ipynb #7de72ba8
@@ -129,10 +130,11 @@ QUICK = dict(size=(64, 128), target_size=(64, 128), patches=(8, 16, 32), min_sam
 PROFILES = {"quick": QUICK, "paper": {"workers": 4}}
 PAPER_SYNTHIA = {"size": (760, 1280)}  # its frames' own size, as in [26, 30]
 
-# %% ../nbs/14_settings.ipynb #44a9a2fa
+# %% ../nbs/14_settings.ipynb #40205a89
 CHOICES = {"method": tuple(PLANS), "profile": tuple(PROFILES), "backbone": BACKBONES, "descriptor": DESCRIPTORS,
-           "map_weights": MAP_WEIGHTS, "optimiser": ("sgd", "adamw"), "reading": ("entropy", "literal"),
-           "pooling": ("resize", "adaptive"), "rst_reading": ("portion", "threshold", "turned"), "precision": ("fp32", "bf16")}
+           "map_weights": MAP_WEIGHTS, "map_placement": ("crossed", "own"), "reading": ("entropy", "literal"),
+           "rst_reading": ("portion", "threshold", "turned"), "pooling": ("resize", "adaptive"), "optimiser": ("sgd", "adamw"),
+           "precision": ("fp32", "bf16")}
 
 # %% ../nbs/14_settings.ipynb #19e68f54
 _COUNTS = ("steps", "schedule_steps", "batch_size", "translation_steps", "translation_batch", "self_training_steps",

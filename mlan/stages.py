@@ -7,7 +7,7 @@ __all__ = ['Run', 'source_commit', 'stage_outcome', 'keep_log', 'Share', 'source
            'label_regions', 'new_segmenter', 'warm_up', 'alignment_settings', 'new_alignment', 'align', 'make_maps',
            'translate', 'self_train', 'adapt_norms', 'carry_on', 'walk']
 
-# %% ../nbs/17_stages.ipynb #de6f59d4
+# %% ../nbs/17_stages.ipynb #72c79eea
 import math
 import shutil
 import subprocess
@@ -25,7 +25,7 @@ import torch
 from accelerate.utils import broadcast, reduce
 from filelock import FileLock, Timeout
 
-from .co_regularized_al import ABLATIONS, AlignmentSettings, CoRegularizedAL
+from .co_regularized_al import ABLATIONS, AlignmentSettings, CoRegularizedAL, turned
 from .consistency_map import ConsistencyMaps, dataset_maps, normalise_maps
 from .datasets import write_whole
 from .evaluation import Scores, evaluate
@@ -34,7 +34,7 @@ from .networks import Segmenter, build_extractor, weights_digest
 from .pairs import PairData, agreed, digest
 from .region_labels import RegionLabeller, RegionSettings, fit_vocabularies, label_dataset, load_regions, region_grid, save_regions
 from .samples import Loader, Samples, Stream, open_at, require_room
-from .self_training import label_target, turned
+from .self_training import label_target
 from .settings import PLANS, Settings
 from .trainer import (SegmentationStep, TrainingError, TranslationStep, drop_checkpoints, is_whole, load_whole, processes, read_log,
                           save_atomically, train_loop, usable_device)
@@ -311,7 +311,7 @@ def align(run: Run, stage: str = "align") -> tuple:  # Segmenter, CoRegularizedA
         run.aligned = net, alignment
     return net, alignment
 
-# %% ../nbs/17_stages.ipynb #fbe33cd6
+# %% ../nbs/17_stages.ipynb #589802c5
 def make_maps(run: Run):
     "Stage: M_region, M_image and M_multi of every target image."
     path = run.file("maps", (), run.used["align"].name).with_suffix(".pt")
@@ -326,8 +326,9 @@ def make_maps(run: Run):
 
 
 def _unit_maps(run, turn: bool = False) -> torch.Tensor:  # M_multi (n, I, J) with mean 1, on the device
+    maps = run.maps.multi
     try:
-        return normalise_maps(turned(run.maps.multi) if turn else run.maps.multi).to(run.device)
+        return normalise_maps(turned(maps.flatten()).view_as(maps) if turn else maps).to(run.device)
     except ValueError as error:
         raise TrainingError(f"stage maps: {error}") from None
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 from PIL import Image
 
+from mlan.co_regularized_al import map_weight, turned
 from mlan.command_line import main
 from mlan.label_spaces import DataError
 from mlan.networks import weights_digest
 from mlan.pairs import PairData, open_pair
-from mlan.self_training import turned
 from mlan.stages import Run, walk
 from mlan.train import load_pictures, load_segmenter, report_runs, run_mlan
 from mlan.settings import PLANS, make_settings
@@ -83,16 +83,21 @@ def test_only_regularized_self_training_hears_of_its_reading(tmp_path):
 
 
 def test_turned_maps_have_the_same_values_and_the_opposite_order():
+    "Image by image as a weight of a game; over all images at once for RST."
     maps = torch.rand(3, 4, 5, generator=torch.Generator().manual_seed(0))
-    other = turned(maps)
-    assert torch.equal(other.flatten().sort()[0], maps.flatten().sort()[0]) and torch.equal(turned(other), maps)
-    assert torch.equal(other.flatten().argsort().flip(0), maps.flatten().argsort())
+    other = map_weight(maps, "turned") * maps.mean()
+    for one, its in zip(maps.flatten(1), other.flatten(1)):
+        torch.testing.assert_close(its.sort()[0], one.sort()[0])
+        assert torch.equal(its.argsort().flip(0), one.argsort())
+    everywhere = turned(maps.flatten())
+    assert torch.equal(everywhere.argsort().flip(0), maps.flatten().argsort()) and torch.equal(turned(everywhere), maps.flatten())
 
 
 @pytest.mark.parametrize("setting, stage", [("lr", "align"), ("lambda_ent", "align"), ("warmup_lr", "warm_up"), ("n_relations", "regions"),
-                                            ("seed", "warm_up"), ("map_weights", "align"), ("self_training_lr", "self_training")])
+                                            ("seed", "warm_up"), ("map_weights", "align"), ("map_placement", "align"),
+                                            ("self_training_lr", "self_training")])
 def test_a_setting_that_matters_makes_a_new_stage(setting, stage, tmp_path):
-    value = {"n_relations": 5, "seed": 3, "map_weights": "shuffled"}.get(setting, 0.0123)
+    value = {"n_relations": 5, "seed": 3, "map_weights": "shuffled", "map_placement": "own"}.get(setting, 0.0123)
     data = open_pair(make_settings(*PAIR, "cr_al+st", **FEW))
     keys = []
     for change in ({}, {setting: value}):
