@@ -6,7 +6,7 @@
 __all__ = ['DEMO', 'command_run', 'command_check', 'command_prepare', 'command_evaluate', 'command_predict', 'demo',
            'command_demo', 'command_experiments', 'command_report', 'main']
 
-# %% ../nbs/23_command_line.ipynb #edada3a8
+# %% ../nbs/23_command_line.ipynb #c36f3851
 import argparse
 import json
 import os
@@ -22,13 +22,13 @@ from tqdm import tqdm
 from .datasets import MissingSplit, PairedFolder, open_dataset
 from .dry_run import dry_run
 from .evaluation import evaluate, network_input, predict_labels
-from .experiments import PAIRS, TABLES, missing, planned, read_records, run_missing
+from .experiments import PAIRS, TABLES, expected_seconds, experiment_title, missing, planned, read_records, run_missing
 from .label_spaces import CITYSCAPES, label_table
 from .report import colorize, comparison_table, method_title
 from .samples import check_dataset, prepare
 from .settings import CHOICES, PLANS, PROFILES, QUICK, Settings
-from .train import load_segmenter, report_runs, run_mlan
-from .trainer import TrainingError, processes
+from .train import environment, load_segmenter, report_runs, run_mlan
+from .trainer import TrainingError, processes, usable_device
 
 # %% ../nbs/23_command_line.ipynb #425e6edf
 def _add_settings(parser, besides=("source", "target", "method", "profile")):
@@ -114,7 +114,7 @@ def command_predict(args) -> None:
     (out / "classes.json").write_text(json.dumps(dict(enumerate(about["classes"])), indent=1))
     print(f"{len(photos)} images labelled in {out}: ids/ (class numbers), colors/, classes.json")
 
-# %% ../nbs/23_command_line.ipynb #7610e60d
+# %% ../nbs/23_command_line.ipynb #bd55bd8a
 DEMO = ("source_only", "cr_al", "mlan", "oracle")
 
 
@@ -134,22 +134,25 @@ def demo(out: str | Path = "runs/demo", seed: int = 0, progress: bool = True,
 
 def command_demo(args) -> None:
     "Run the demo and print its table."
-    results = demo(args.out, int(args.seed), not args.quiet)
+    results = demo(args.out, args.seed, not args.quiet)
     gain = results["cr_al"].miou - results["source_only"].miou
     print("\nBuilt-in street scenes, engine to camera: IoU in percent on "
           f"{results['oracle'].record['images']['test']} test images (a stand-in, not Cityscapes).\n")
     print(comparison_table({m: r.record for m, r in results.items()}))
     print(f"\nCR-AL against source only: {gain:+.1f} points.   Pictures, curves, settings: {Path(args.out) / 'report.html'}")
 
-# %% ../nbs/23_command_line.ipynb #91b7004a
+# %% ../nbs/23_command_line.ipynb #71e7f6c3
 def command_experiments(args) -> None:
     "Run the experiments of some tables that a file of records lacks."
     given = {k: v for k, v in _chosen(args).items() if k != "profile"}
     chosen = read_records(args.records) if args.chosen else None
     plan = planned(args.table, args.pair, args.profile, args.seeds, args.data_seeds, chosen, **given)
     if args.dry_run:
-        left = missing(plan, args.records)
-        print("".join(f"{s.source} to {s.target}: {s.method}, seed {s.seed}, data seed {s.data_seed}\n" for s in left), end="")
+        left, known = missing(plan, args.records), read_records(args.records)
+        here = environment(usable_device(plan[0].device))["device"]
+        for s in left:
+            seconds = expected_seconds(s, known, here)
+            print(experiment_title(s) + f", about {seconds:.0f} s" * (seconds > 0))
     else:
         left = run_missing(plan, args.records, args.folder, args.budget, not args.quiet)
     there = f"{len(plan) - len(left)} of {len(plan)} experiments are in {args.records}"
@@ -160,31 +163,41 @@ def command_report(args) -> None:
     "One report on several runs of a pair."
     print(report_runs(args.runs, args.out))
 
-# %% ../nbs/23_command_line.ipynb #ad8f357e
+# %% ../nbs/23_command_line.ipynb #330aee69
 def _command(commands, function, help, **flags):
     "A subcommand that calls the function; a flag with nargs and no default is an argument by position."
-    sub = commands.add_parser(function.__name__.removeprefix("command_"), help=help, description=function.__doc__)
+    sub = commands.add_parser(function.__name__.removeprefix("command_"), help=help, description=function.__doc__, allow_abbrev=False)
     for name, options in flags.items():
         sub.add_argument(name if options.get("nargs") and "default" not in options else f"--{name}", **options)
     sub.add_argument("--quiet", action="store_true", help="no progress bars")
     sub.set_defaults(function=function)
     return sub
 
-# %% ../nbs/23_command_line.ipynb #5d4d80e5
+# %% ../nbs/23_command_line.ipynb #8d8114dc
+def _seconds(text: str) -> float:
+    "A budget."
+    try:
+        if (seconds := float(text)) > 0:
+            return seconds
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds above 0")
+
+
 def _add_experiments(command, needed):
     "The flags of `mlan experiments`."
     tables = command(command_experiments, "fill a file of records: the rows of the paper's tables, with controls",
                      table={"nargs": "+", "default": ["1", "2"], "help": f"of {', '.join(TABLES)}"},
                      pair={"nargs": "+", "default": ["streets"], "help": f"of {', '.join(PAIRS)}"},
                      profile={"default": "quick", "choices": list(PROFILES)}, records=needed, folder={"default": "runs/experiments"},
-                     budget={"type": float, "help": "seconds; what would not end in time is not begun"})
+                     budget={"type": _seconds, "help": "seconds; what would not end in time is not begun"})
     for name in ("seeds", "data-seeds"):
         tables.add_argument(f"--{name}", nargs="+", type=int, default=[0])
     tables.add_argument("--dry-run", action="store_true", help="list what is missing; run nothing")
     tables.add_argument("--chosen", action="store_true", help="each row with the weights that the table `search` found best on val")
     _add_settings(tables, ("source", "target", "method", "profile", "seed", "data_seed"))
 
-# %% ../nbs/23_command_line.ipynb #7201b35a
+# %% ../nbs/23_command_line.ipynb #fba412ed
 def _parser():
     parser = argparse.ArgumentParser("mlan", description="Multi-level adversarial network for domain adaptive semantic segmentation.")
     command = partial(_command, parser.add_subparsers(required=True, metavar="COMMAND"))
@@ -204,7 +217,7 @@ def _parser():
     command(command_predict, "label a folder of images", checkpoint=needed, images=needed, out=needed, device=device)
     _add_experiments(command, needed)
     command(command_report, "one report on several runs", runs={"nargs": "+"}, out={"default": "report.html"})
-    command(command_demo, "watch the method on built-in scenes", out={"default": "runs/demo"}, seed={"default": "0"})
+    command(command_demo, "watch the method on built-in scenes", out={"default": "runs/demo"}, seed={"type": int, "default": 0})
     return parser
 
 # %% ../nbs/23_command_line.ipynb #a9c3c79f

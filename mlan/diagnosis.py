@@ -8,7 +8,7 @@ __all__ = ['region_index', 'region_mean', 'prediction_measures', 'error_agreemen
            'critic_curve', 'critic_figure', 'diagnose', 'without_photographs', 'add_photographs', 'figure_4',
            'relation_shares', 'relation_figure']
 
-# %% ../nbs/21_diagnosis.ipynb #f600e6dd
+# %% ../nbs/21_diagnosis.ipynb #3800aab6
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from scipy.stats import spearmanr
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
@@ -163,8 +164,8 @@ def map_report(measures: dict) -> dict:  # "images", "regions", "error", "agreem
             "agreement": {k: error_agreement(v, error, measures["entropy"]) for k, v in maps.items()},
             "curves": {k: error_curve(v[known], error[known]) for k, v in maps.items()}}
 
-# %% ../nbs/21_diagnosis.ipynb #767c24ca
-_INK = {"M_region": "#0072b2", "M_image": "#009e73", "M_multi": "#d55e00", "entropy": "#6b7280", "1 - max p": "#a3a9b3",
+# %% ../nbs/21_diagnosis.ipynb #5065df34
+_INK = {"M_region": "#0072b2", "M_image": "#009e73", "M_multi": "#d55e00", "entropy": "#6b7280", "1 - max p": "#111827",
         "ST": "#0072b2", "RST": "#d55e00", "RST, map shuffled": "#9aa1ab"}
 
 
@@ -185,7 +186,7 @@ def map_figure(diagnosis: dict,  # from `diagnose`
     fig = Figure(figsize=(6.4, 3.4), dpi=90, layout="constrained")
     ax = fig.subplots()
     for name, curve in maps["curves"].items():
-        rho, style = maps["agreement"][name]["regions"], "-" if name.startswith("M_") else "--"
+        rho, style = maps["agreement"][name]["regions"], "-" if name.startswith("M_") else "--" if name == "entropy" else ":"
         label = f"{_map_title(name)}  {'-' if rho is None else format(rho, '+.2f')}"
         ax.plot(range(1, len(curve) + 1), [100 * v for v in curve], style, color=_INK[name], marker=".", label=label)
     ax.axhline(100 * maps["error"], color="black", lw=.8, ls=":")
@@ -338,33 +339,41 @@ def add_photographs(rows: list,  # of PictureRow without image and truth
     return [replace(row, image=dataset.image(index[row.name]),
                     truth=lut[dataset.labels(index[row.name])] if dataset.labelled else None) for row in rows]
 
-# %% ../nbs/21_diagnosis.ipynb #8553469b
-def _cell(ax, picture, title):
-    "A picture, or the reason why there is none."
-    ax.set(xticks=[], yticks=[])
-    ax.set_title(title, fontsize=9)
-    if picture is None or picture.size == 0:
-        ax.text(.5, .5, "needs the data set", ha="center", va="center", transform=ax.transAxes, fontsize=8, color="#6b7280")
-    else:
-        ax.imshow(picture, interpolation="nearest")
+# %% ../nbs/21_diagnosis.ipynb #7a42af3b
+def _class_legend(fig, maps: list, colors, classes):
+    "The classes that occur in some label maps, below a figure."
+    used = sorted({int(c) for m in maps for c in np.unique(m) if c < len(classes)})
+    handles = [Patch(color=colors[c] / 255, label=classes[c]) for c in used]
+    if handles:
+        fig.legend(handles=handles, loc="outside lower center", ncols=min(10, len(used)), frameon=False, fontsize=8)
 
 
 def figure_4(rows: list,  # of PictureRow: image and truth where there are any
              columns: dict,  # {method: its PictureRows, of the same images}
              colors: np.ndarray = CITYSCAPES_COLORS,  # (K, 3)
+             classes: Sequence = (),  # their K names, for a legend
              ) -> Figure:
-    "The paper's Figure 4: image, truth, and each method's prediction, one row an image."
+    "The paper's Figure 4: image, truth, and each method's prediction, one row an image; what no row has gets no column."
     names = [row.name for row in rows]
     if odd := [m for m, others in columns.items() if [row.name for row in others] != names]:
         raise ValueError(f"pictures of {', '.join(odd)} show other images than {', '.join(names)}; make them with the same indices")
-    (height, width), n = next(others[0].predictions[m].shape for m, others in columns.items()), 2 + len(columns)
-    fig = Figure(figsize=(11, len(rows) * (11 / n * height / width + .1) + .3), dpi=90, layout="constrained")
-    for r, (row, axes) in enumerate(zip(rows, fig.subplots(len(rows), n, squeeze=False))):
-        truth = None if row.truth is None else colorize(row.truth, colors)
-        found = {method_title(m): colorize(others[r].predictions[m], colors) for m, others in columns.items()}
-        for ax, (title, picture) in zip(axes, {"target image": row.image, "truth": truth, **found}.items()):
+    predicted = [{method_title(m): others[r].predictions[m] for m, others in columns.items()} for r in range(len(rows))]
+    labels = [{"truth": row.truth, **own} for row, own in zip(rows, predicted)]
+    pictures = [{"target image": row.image if row.image.size else None,
+                 **{k: None if m is None else colorize(m, colors) for k, m in own.items()}} for row, own in zip(rows, labels)]
+    titles = [t for t in (pictures[0] if rows else ()) if any(p[t] is not None for p in pictures)]
+    if not titles:
+        raise ValueError("there is no picture to show; give rows with images, or columns with predictions")
+    height, width = next(p[titles[-1]].shape[:2] for p in pictures if p[titles[-1]] is not None)
+    fig = Figure(figsize=(11, len(rows) * (11 / len(titles) * height / width + .1) + .3 + .5 * bool(classes)), dpi=90, layout="constrained")
+    for r, (found, axes) in enumerate(zip(pictures, fig.subplots(len(rows), len(titles), squeeze=False))):
+        for ax, title in zip(axes, titles):
+            ax.set(xticks=[], yticks=[], frame_on=found[title] is not None)
             ax.set_box_aspect(height / width)
-            _cell(ax, picture, title if r == 0 else "")
+            ax.set_title(title if r == 0 else "", fontsize=9)
+            if found[title] is not None:
+                ax.imshow(found[title], interpolation="nearest")
+    _class_legend(fig, [m for own in labels for m in own.values() if m is not None], colors, classes)
     return fig
 
 # %% ../nbs/21_diagnosis.ipynb #ca3afe8a

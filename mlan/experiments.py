@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['BENCHMARK', 'PAIRS', 'ADVERSARIAL', 'FACTORS', 'PRETRAINED', 'TABLES', 'CONTROL_STEPS', 'Pair', 'Row', 'row_settings',
-           'trials', 'experiment_key', 'row_records', 'row_scores', 'chosen_trial', 'read_records', 'append_record',
-           'planned', 'total_seconds', 'expected_seconds', 'measure', 'run_missing', 'missing']
+           'trials', 'experiment_key', 'experiment_title', 'of_profile', 'profile_of', 'row_records', 'row_scores',
+           'searched', 'chosen_trial', 'read_records', 'append_record', 'planned', 'named', 'total_seconds',
+           'expected_seconds', 'measure', 'run_missing', 'missing']
 
-# %% ../nbs/22_experiments.ipynb #de71e169
+# %% ../nbs/22_experiments.ipynb #562c3f3b
 import json
 import sys
 import time
@@ -17,29 +18,35 @@ from itertools import product
 from pathlib import Path
 
 from filelock import FileLock, Timeout
+from torch import OutOfMemoryError
 from tqdm import tqdm
 
 from .co_regularized_al import MAP_WEIGHTS
+from .comparison import scores_of
 from .datasets import write_whole
 from .diagnosis import diagnose
 from .evaluation import percent
-from .pairs import digest, open_pair
+from .pairs import digest, open_datasets, open_pair
 from .report import method_title
-from .settings import PROFILES, RUNTIME_SETTINGS, Settings, make_settings
+from .settings import PLANS, PROFILES, RUNTIME_SETTINGS, Settings, make_settings
 from .stages import Run, walk
-from .train import run_mlan
-from .trainer import TrainingError
+from .train import environment, run_mlan
+from .trainer import TrainingError, processes, usable_device
 
 # %% ../nbs/22_experiments.ipynb #b5c98efb
 BENCHMARK = 1  # version of the built-in data and its splits
 
-# %% ../nbs/22_experiments.ipynb #79110090
+# %% ../nbs/22_experiments.ipynb #d63ba24f
 @dataclass(frozen=True)
 class Pair:
     "A source and a target, and the settings that they need."
     source: str
     target: str
     changes: dict = field(default_factory=dict)  # {profile: {setting: value}}
+
+    @property
+    def drawn(self) -> bool:  # does a data seed make other data?
+        return any(spec.startswith("streets:") for spec in (self.source, self.target))
 
 
 _CAMVID = {"quick": dict(size=(96, 128), target_size=(96, 128), patches=(12, 24, 48))}
@@ -48,7 +55,7 @@ PAIRS = {"streets": Pair("streets:engine", "streets:camera"),
          "streets_camvid": Pair("streets:engine", "camvid", _CAMVID),
          "airsim_camvid": Pair("airsim_nh", "camvid", _CAMVID)}
 
-# %% ../nbs/22_experiments.ipynb #b84950f0
+# %% ../nbs/22_experiments.ipynb #6bf17389
 @dataclass(frozen=True)
 class Row:
     "A row of a table, or a point of a figure."
@@ -61,21 +68,24 @@ class Row:
         return " ".join([self.method, *(f"{k}={v}" for k, v in self.set), *(f"{k} x{v:.2g}" for k, v in self.times)])
 
     @property
-    def title(self) -> str:  # "CR-AL, map weights shuffled", for a table
-        own = [f"{k.replace('_', ' ')} {v}" for k, v in self.set] + [f"{k} x {v:.2g}" for k, v in self.times]
+    def title(self) -> str:  # "CR-AL, maps shuffled", for a table
+        own = [f"{k.replace('map_weights', 'maps').replace('_', ' ')} {str(v).strip('(,)')}" for k, v in self.set]
+        own += [f"{k} x {v:.2g}" for k, v in self.times]
         return ", ".join([method_title(self.method), *own])
 
 
 def row_settings(row: Row, pair: Pair, profile: str = "quick",
-                 **changes,  # any field of Settings
+                 **changes,  # any field of Settings that the row does not set itself
                  ) -> Settings:
     "The settings of a row on a pair."
+    if own := sorted({*dict(row.set)} & {*changes}):
+        raise ValueError(f"the row {row.title} sets {', '.join(own)} itself; leave that out, or choose other tables")
     given = {**pair.changes.get(profile, {}), **dict(row.set), **changes}
     usual = make_settings(pair.source, pair.target, row.method, profile, **given)
     scaled = {k: getattr(usual, k) * factor for k, factor in row.times}
     return make_settings(pair.source, pair.target, row.method, profile, **{**given, **scaled})
 
-# %% ../nbs/22_experiments.ipynb #153b4b64
+# %% ../nbs/22_experiments.ipynb #d76d2594
 ADVERSARIAL = {"rl_al": "lambda_ent", "regularized_rl_al": "lambda_ent", "il_al": "lambda_image", "regularized_il_al": "lambda_image"}
 FACTORS = (0.2, 0.6, 1, 1.4, 1.8)  # of Figures 5 and 6
 
@@ -101,7 +111,8 @@ TABLES = {
         *(Row(m, set=(("descriptor", "hog"),)) for m in ("cr_al", "rl_al_and_il_al")),  # R2
         *(Row(m, set=(("patches", sizes),)) for sizes in ((8,), (32,)) for m in ("cr_al", "rl_al_and_il_al")),  # one region size
         *(Row(m, set=(("n_relations", 25),)) for m in ("cr_al", "rl_al_and_il_al")),  # N
-        Row("cr_al", set=(("reading", "literal"),)), Row("cr_al", set=(("pooling", "adaptive"),)),  # R4, R7
+        *(Row(m, set=(("reading", "literal"),)) for m in ("cr_al", "rl_al_and_il_al")),  # R4
+        Row("cr_al", set=(("pooling", "adaptive"),)),  # R7
         Row("cr_al", set=(("map_weights", "raw"),), times=(("lambda_ent", 1 / 3), ("lambda_image", 4))),  # R8, R9: by the maps' means
         Row("cr_al", set=(("map_placement", "own"),)),  # Eq. 8, 9
         *(Row("cr_al+rst", set=(("rst_reading", how),)) for how in ("threshold", "turned"))),  # R12
@@ -109,13 +120,15 @@ TABLES = {
         ("source_only", ()), ("cr_al", ()), ("rl_al_and_il_al", ()), ("cr_al", (("map_weights", "shuffled"),)), ("il_al", ()),
         ("fda", ()), ("oracle", ())))}
 
-# %% ../nbs/22_experiments.ipynb #fc6dff67
-CONTROL_STEPS = (  # (row, the control that it has to beat)
-    ("cr_al", "adabn"), ("cr_al", "fda"), ("cr_al", "rl_al_and_il_al"), ("cr_al", "cr_al map_weights=shuffled"),
-    ("cr_al", "cr_al map_weights=turned"), ("cr_al", "il_al_and_rll"), ("cr_al+st", "cr_al+continued"),
-    ("cr_al+rst", "cr_al+continued"), ("cr_al+rit", "cr_al+fda"))
+# %% ../nbs/22_experiments.ipynb #7c288e64
+CONTROL_STEPS = (  # (row, what it has to beat)
+    ("cr_al", "rl_al_and_il_al"), ("cr_al", "cr_al map_weights=shuffled"), ("cr_al", "cr_al map_weights=turned"),  # the maps
+    ("cr_al", "cr_al map_weights=raw"),  # their scale
+    ("rl_al_and_il_al", "rl_al"), ("rl_al_and_il_al", "il_al"), ("cr_al", "il_al"), ("cr_al", "il_al_and_rll"),  # two levels
+    ("cr_al", "adabn"), ("cr_al", "fda"), ("cr_al+rit", "cr_al+fda"), ("mlan", "cr_al+fda"),  # what costs less
+    ("cr_al+st", "cr_al+continued"), ("cr_al+rst", "cr_al+continued"))  # as many steps more
 
-# %% ../nbs/22_experiments.ipynb #b1db7200
+# %% ../nbs/22_experiments.ipynb #c949ee10
 _ALL = "lambda_region lambda_ent lambda_image"
 _OWN = {"source_only": "lr", "adabn": "lr", "oracle": "lr", "rll": "lambda_region", "fda": "fourier_beta",
         "rl_al": "lambda_region lambda_ent", "regularized_rl_al": "lambda_region lambda_ent", "il_al": "lambda_image",
@@ -133,10 +146,11 @@ def trials(row: Row) -> tuple:  # of Row, the row itself first
     return row, *(Row(row.method, row.set, tuple((k, f) for k in own)) for f in factors)
 
 
+_OF_QUICK = ("conditions", "pretrained")  # their rows name values of that profile
 TABLES["search"] = tuple(trial for table in ("1", "references", "2", "controls") for row in TABLES[table] for trial in trials(row))
 
-# %% ../nbs/22_experiments.ipynb #6e180f98
-_SEEDS = ("seed", "data_seed")
+# %% ../nbs/22_experiments.ipynb #87d2d7d3
+_SEEDS, _DEFAULTS = ("seed", "data_seed"), asdict(Settings())
 
 
 def experiment_key(settings: Settings | dict,  # or those of a record
@@ -144,32 +158,75 @@ def experiment_key(settings: Settings | dict,  # or those of a record
                    ) -> str:
     "Names an experiment: equal for equal settings and equal version of the benchmark."
     values = settings if isinstance(settings, dict) else asdict(settings)
-    values = {**asdict(Settings()), **PROFILES.get(values["profile"], {}), **values}
+    values = {**_DEFAULTS, **PROFILES.get(values["profile"], {}), **values}
+    style, colon, file = values["weights"].rpartition(":")   # a file has the same name in every folder
     left = RUNTIME_SETTINGS + (() if seeds else _SEEDS)
-    return digest(BENCHMARK, {**{k: v for k, v in values.items() if k not in left}, "weights": Path(values["weights"]).name})
+    return digest(BENCHMARK, {**{k: v for k, v in values.items() if k not in left}, "weights": style + colon + Path(file).name})
 
 
-def row_records(records: list, row: Row, pair: Pair, profile: str = "quick") -> list:
+def experiment_title(settings: Settings) -> str:
+    "An experiment in words: what is adapted to what, how, and what is not the pair's and the profile's."
+    s = settings
+    pair = next((p for p in PAIRS.values() if (p.source, p.target) == (s.source, s.target)), Pair(s.source, s.target))
+    usual, own = row_settings(Row(s.method), pair, s.profile), asdict(s)
+    changed = {k: v for k, v in own.items() if k not in (*RUNTIME_SETTINGS, *_SEEDS) and v != getattr(usual, k)}
+    told = [f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in changed.items()]
+    return f"{s.source} to {s.target}: {', '.join((method_title(s.method), *told, f'seed {s.seed}', f'data seed {s.data_seed}'))}"
+
+# %% ../nbs/22_experiments.ipynb #dd6f514f
+def of_profile(records: list, profile: str) -> list:
+    "The records of one profile."
+    return [r for r in records if r["settings"]["profile"] == profile]
+
+
+def profile_of(records: list) -> str:  # "quick" where there are none
+    "The profile that some records share; ValueError where they have several."
+    found = sorted({r["settings"]["profile"] for r in records}) or ["quick"]
+    if len(found) > 1:
+        raise ValueError(f"records of the profiles {', '.join(found)}; give those of one, by of_profile(records, {found[0]!r})")
+    return found[0]
+
+
+def _lookup(records: list):  # (row, pair, changes) -> records
+    profile, there = profile_of(records), {}
+    for r in records:
+        if r.get("benchmark") == BENCHMARK:
+            there.setdefault(experiment_key(r["settings"], seeds=False), []).append(r)
+
+    def find(row, pair, **changes):
+        found = there.get(experiment_key(row_settings(row, pair, profile, **changes), seeds=False), [])
+        return sorted(found, key=lambda r: (r["data_seed"], r["seed"]))
+    return find
+
+
+def row_records(records: list, row: Row, pair: Pair) -> list:
     "The records of a row on a pair, by seed of the data and of the network."
-    key = experiment_key(row_settings(row, pair, profile), seeds=False)
-    found = [r for r in records if r.get("benchmark") == BENCHMARK and experiment_key(r["settings"], seeds=False) == key]
-    return sorted(found, key=lambda r: (r["data_seed"], r["seed"]))
+    return _lookup(records)(row, pair)
 
 
-def row_scores(records: list, rows, pair: Pair, profile: str = "quick") -> dict:  # {row's name: {(data_seed, seed): mIoU}}
-    "The rows' scores on test, for the tables of notebook 20; a row that was not run is empty."
-    found = {row.name: row_records(records, row, pair, profile) for row in rows}
-    return {name: {(r["data_seed"], r["seed"]): r["miou"] for r in runs if r["miou"] is not None} for name, runs in found.items()}
+def row_scores(records: list, rows, pair: Pair) -> dict:  # {row's name: {(data_seed, seed): mIoU}}
+    "The rows' scores on test, for the tables of notebook 20; a row that was not run is empty, one that stands twice refused."
+    find = _lookup(records)
+    scored = {row.name: [r for r in find(row, pair) if r["miou"] is not None] for row in rows}
+    return {name: scores_of(runs, lambda r: name).get(name, {}) for name, runs in scored.items()}  # noqa: B023
+
+# %% ../nbs/22_experiments.ipynb #c557f13c
+def searched(records: list, row: Row, pair: Pair, **changes) -> list:  # of mIoU on val, one a trial; None where it was not run
+    "What the search at seed 0 found of a row."
+    find = _lookup(records)
+    def val(trial): return next((r["miou_val"] or 0.0 for r in find(trial, pair, **changes) if r["seed"] == r["data_seed"] == 0), None)
+    return [val(trial) for trial in trials(row)]
 
 
-def chosen_trial(records: list, row: Row, pair: Pair, profile: str = "quick") -> Row:
+def chosen_trial(records: list, row: Row, pair: Pair, **changes) -> Row:
     "The trial with the best mIoU on val at seed 0; the row itself where the search has not been run."
-    def val(trial):
-        found = [r["miou_val"] for r in row_records(records, trial, pair, profile) if r["seed"] == r["data_seed"] == 0]
-        return found[0] if found and found[0] is not None else -1.0
-    return max(trials(row), key=val)
+    found = searched(records, row, pair, **changes)
+    return row if None in found else trials(row)[max(range(len(found)), key=found.__getitem__)]
 
-# %% ../nbs/22_experiments.ipynb #d63ae446
+# %% ../nbs/22_experiments.ipynb #d1dba98c
+_OF_A_RECORD = {"settings", "seed", "data_seed", "miou", "cost"}
+
+
 def read_records(path: str | Path) -> list:  # of dict; [] where there is no file
     "The records of a file; ValueError names a line that is none."
     lines = Path(path).read_text(encoding="utf-8").splitlines() if Path(path).exists() else []
@@ -177,8 +234,11 @@ def read_records(path: str | Path) -> list:  # of dict; [] where there is no fil
     for number, line in enumerate(lines, 1):
         try:
             records.append(json.loads(line))
-        except json.JSONDecodeError:
-            raise ValueError(f"line {number} of {path} is not a record; take it out, and its run will be made again") from None
+            lacking = _OF_A_RECORD - set(records[-1])
+        except (json.JSONDecodeError, TypeError):
+            lacking = _OF_A_RECORD
+        if lacking:
+            raise ValueError(f"line {number} of {path} is not a record; take it out, and its run will be made again")
     return records
 
 
@@ -189,7 +249,7 @@ def append_record(record: dict, path: str | Path):
         text = old + "\n" * (old[-1:] not in ("", "\n")) + json.dumps(record) + "\n"
         write_whole(Path(path), lambda part: part.write_text(text, encoding="utf-8"))
 
-# %% ../nbs/22_experiments.ipynb #8ddcf818
+# %% ../nbs/22_experiments.ipynb #ba06de72
 def planned(tables,  # keys of TABLES
             pairs=("streets",),  # keys of PAIRS
             profile: str = "quick", seeds=(0,), data_seeds=(0,),
@@ -197,29 +257,58 @@ def planned(tables,  # keys of TABLES
             **changes,  # any field of Settings, for all rows
             ) -> list:  # of Settings
     "All experiments of some tables, in the order in which to run them."
-    for name, there in (*((t, TABLES) for t in tables), *((p, PAIRS) for p in pairs)):
-        if name not in there:
-            raise ValueError(f"there is no {name!r}; choose from {', '.join(there)}")
-    rows = dict.fromkeys(row for table in tables for row in TABLES[table])
-    found = {}
+    named(tables, TABLES)
+    named(pairs, PAIRS)
+    if foreign := sorted({*tables} & {*_OF_QUICK}) if profile != "quick" else ():
+        raise ValueError(f"the rows of {', '.join(foreign)} are values of the quick profile; leave them out with {profile}")
+    rows, found = dict.fromkeys(row for table in tables for row in TABLES[table]), {}
+    own = None if chosen is None else _chosen_rows(of_profile(chosen, profile), rows, pairs, changes)
     for data_seed, seed, pair, row in product(data_seeds, seeds, pairs, rows):
-        row = row if chosen is None else chosen_trial(chosen, row, PAIRS[pair], profile)
-        settings = row_settings(row, PAIRS[pair], profile, seed=seed, data_seed=data_seed, **changes)
+        there = PAIRS[pair]
+        seeds_of_it = dict(seed=seed, data_seed=data_seed if there.drawn else 0)
+        settings = row_settings(own[pair, row] if own else row, there, profile, **seeds_of_it, **changes)
         found.setdefault(experiment_key(settings), settings)
     return [*found.values()]
 
-# %% ../nbs/22_experiments.ipynb #f81b5315
+
+def named(names, there: dict):
+    "ValueError where a name is none of a dict's."
+    for name in names:
+        if name not in there:
+            raise ValueError(f"there is no {name!r}; choose from {', '.join(there)}")
+
+
+def _chosen_rows(records, rows, pairs, changes) -> dict:  # {(pair, row): its best trial}
+    for pair, row in product(pairs, rows):
+        if row.times:
+            raise ValueError(f"{row.title} is a point of a figure or of the search; choose tables 1, 2, references, controls")
+        if None in searched(records, row, PAIRS[pair], **changes):
+            raise ValueError(f"{row.title} has not had its three trials on {pair}; run --table search --pair {pair} first, at seed 0")
+    return {(pair, row): chosen_trial(records, row, PAIRS[pair], **changes) for pair, row in product(pairs, rows)}
+
+# %% ../nbs/22_experiments.ipynb #de994f27
 def total_seconds(record: dict) -> float:
     "What all stages of a run took, whoever made them; a stage whose time is not known counts nothing."
     return sum(seconds or 0 for seconds in record["cost"].values())
 
 
-def expected_seconds(settings: Settings, records: list) -> float:
+def _amount(s: dict) -> float:
+    "Pixels times steps of all trainings of a method."
+    plan = PLANS[s["method"]]
+    steps = s["warmup_steps"] + s["steps"] * (2 if plan.translate else 1)
+    steps += s["translation_steps"] * (plan.translate in ("plain", "regularized"))
+    steps += s["self_training_steps"] * bool(plan.self_train or plan.control == "continued")
+    return s["size"][0] * s["size"][1] * steps
+
+
+def expected_seconds(settings: Settings, records: list,
+                     device: str | None = None,  # as records name it; None: on any
+                     ) -> float:
     "What the longest run of this method (of any, if it was not run) took with all its stages, by pixels and steps; 0 if nothing was run."
-    def amount(s): return s["size"][0] * s["size"][1] * (s["steps"] + s["warmup_steps"])
-    alike = [r for r in records if all(r["settings"][n] == getattr(settings, n) for n in ("profile", "backbone"))]
+    alike = [r for r in records if device in (None, r.get("device"))
+             and all(r["settings"][n] == getattr(settings, n) for n in ("profile", "backbone"))]
     alike = [r for r in alike if r["method"] == settings.method] or alike
-    return max((total_seconds(r) * amount(asdict(settings)) / amount(r["settings"]) for r in alike), default=0.0)
+    return max((total_seconds(r) * _amount(asdict(settings)) / _amount(r["settings"]) for r in alike), default=0.0)
 
 
 @contextmanager
@@ -236,7 +325,7 @@ def _taken(file: Path):  # True if this runner has it
     finally:
         lock.release()
 
-# %% ../nbs/22_experiments.ipynb #aa1d7193
+# %% ../nbs/22_experiments.ipynb #6ceb3ab4
 _NAMES = ("method", "source", "target", "profile", "seed", "data_seed")
 
 
@@ -247,44 +336,64 @@ def measure(settings: Settings, folder: Path, progress: bool = False) -> dict:  
     try:
         record = run_mlan(**chosen, out=out, stages=folder / "stages", progress=progress).record
     except TrainingError as error:
-        broken = {"miou": None, "miou_val": None, "failed": str(error), "cost": {"until it broke": round(time.time() - began, 1)}}
-        return {"benchmark": BENCHMARK, "settings": asdict(settings), **{k: getattr(settings, k) for k in _NAMES}, **broken}
+        took = round(time.time() - began, 1)
+        return {"benchmark": BENCHMARK, "settings": asdict(settings), **{k: getattr(settings, k) for k in _NAMES},
+                "miou": None, "miou_val": None, "per_class": {}, "matrix": None, "failed": str(error), "seconds": took,
+                "cost": {"until it broke": took}, **environment(usable_device(settings.device))}
     if settings.method == "cr_al" and record["miou"] is not None:
-        began = time.time()
-        run = Run(settings, open_pair(settings, stages=folder / "stages"), folder / "stages")
-        walk(run)
-        record = {**record, "diagnosis": diagnose(run)}
-        record["cost"]["diagnosis"] = round(time.time() - began, 1)
+        record = _looked_into(settings, folder, record)
     return {"benchmark": BENCHMARK, **record}
 
-# %% ../nbs/22_experiments.ipynb #68047519
+
+def _looked_into(settings, folder, record) -> dict:
+    began = time.time()
+    run = Run(settings, open_pair(settings, stages=folder / "stages"), folder / "stages")
+    walk(run)
+    try:
+        found = {"diagnosis": diagnose(run)}
+    except ValueError as error:                              # a map that is zero everywhere: the score stands
+        found = {"diagnosis_failed": str(error)}
+    return {**record, **found, "cost": {**record["cost"], "diagnosis": round(time.time() - began, 1)}}
+
+# %% ../nbs/22_experiments.ipynb #a47829d8
 def run_missing(plan: list,  # of Settings, from `planned`
                 records: str | Path,  # the file
                 folder: str | Path,  # of runs and shared stages
                 budget: float | None = None,  # seconds
                 progress: bool = True) -> list:  # of Settings that still are to be run
     "Run what the file lacks, append each record at once, stop when the budget does not hold another run."
-    folder, began = Path(folder), time.time()
+    folder, began, todo = Path(folder), time.time(), missing(plan, records)
+    device = _checked(todo)
     (folder / "runs").mkdir(parents=True, exist_ok=True)
-    for settings in tqdm(missing(plan, records), desc="runs", disable=not progress):
-        key, known = experiment_key(settings), read_records(records)
-        if budget is not None and time.time() - began + expected_seconds(settings, known) > budget:
+    for settings in tqdm(todo, desc="runs", disable=not progress):
+        if budget is not None and time.time() - began + expected_seconds(settings, read_records(records), device) > budget:
             break
-        with _taken(folder / "runs" / f"{key}.lock") as mine:
+        with _taken(folder / "runs" / f"{experiment_key(settings)}.lock") as mine:
             if mine and missing([settings], records):
-                record = measure(settings, folder)
-                append_record(record, records)
-                _say(record, progress)
+                said = _measured(settings, folder, records)
+                tqdm.write(f"{experiment_title(settings)}: {said}", file=sys.stderr) if progress else None
     return missing(plan, records)
+
+
+def _measured(settings, folder, records) -> str:  # what to say of it
+    try:
+        record = measure(settings, folder)
+    except (ValueError, OutOfMemoryError) as error:          # of this experiment alone: the others can be run
+        return f"left out: {str(error).splitlines()[0]}"
+    append_record(record, records)
+    return f"{percent(record['miou'])} mIoU in {total_seconds(record):.0f} s"
+
+
+def _checked(todo) -> str:  # the device, as records name it
+    "What would stop every run must do so before the first."
+    if processes().num_processes > 1:
+        raise ValueError("an experiment is one process: start `mlan experiments` plainly, as often as you like on one file")
+    for s in {(s.source, s.target): s for s in todo}.values():
+        open_datasets(s, s.source, s.target)
+    return environment(usable_device(todo[0].device if todo else "auto"))["device"]
 
 
 def missing(plan: list, records: str | Path) -> list:  # of Settings
     "What of a plan a file of records lacks."
     there = {experiment_key(r["settings"]) for r in read_records(records) if r.get("benchmark") == BENCHMARK}
     return [s for s in plan if experiment_key(s) not in there]
-
-
-def _say(record, progress):
-    names = " ".join(f"{record[k]}" for k in ("source", "target", "method", "seed", "data_seed"))
-    if progress:
-        tqdm.write(f"{names}: {percent(record['miou'])} mIoU in {total_seconds(record):.0f} s", file=sys.stderr)

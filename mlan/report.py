@@ -35,11 +35,11 @@ def colorize(
     table[:len(colors)] = colors
     return table[np.asarray(labels)]
 
-# %% ../nbs/13_report.ipynb #8e3dec63
+# %% ../nbs/13_report.ipynb #aba62ee3
 def method_title(name: str) -> str: # "cr_al+rst" -> "CR-AL+RST"; other names only lose their underscores
     "A method's name as the paper writes it."
     printed = re.sub(r"(?<![a-z])(rll|rl_al|il_al|cr_al|mlan|fda|it|rit|st|rst)(?![a-z])", lambda m: m[0].upper().replace("_", "-"), name)
-    return printed.replace("_", " ").replace("adabn", "AdaBN")
+    return printed.replace("_and_", " + ").replace("_", " ").replace("adabn", "AdaBN")
 
 def _is(name: str, kind: str) -> bool: return re.sub(r"[\s-]", "_", name.lower()) == kind
 

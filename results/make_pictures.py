@@ -15,12 +15,22 @@ from mlan.train import load_pictures, save_pictures
 METHODS = ("source_only", "rl_al", "il_al", "cr_al", "mlan")
 
 
-if __name__ == "__main__":
-    runs, known = Path(sys.argv[1]), records()
+def main(runs: Path):
+    "What can be made is made; of the rest it is said what lacks."
+    if not runs.is_dir():
+        sys.exit(f"there is no folder {runs}; give the folder `runs` of `mlan experiments`")
+    known = records()
     for name, pair in PAIRS.items():
-        first = [r for m in METHODS for r in row_records(known, Row(m), pair) if r["seed"] == r["data_seed"] == 0]
-        folders = [runs / f"{r['method']}-{experiment_key(r['settings'])}" for r in first]
-        if folders and all((f / "pictures.npz").exists() for f in folders):
-            rows = load_pictures(*(f / "pictures.npz" for f in folders))
-            save_pictures(HERE / f"pictures_{name}.npz", without_photographs(rows))
-            print(name, *(r["method"] for r in first))
+        first = [r for m in METHODS for r in row_records(known, Row(m), pair) if r["seed"] == r["data_seed"] == 0 and r["miou"] is not None]
+        files = [runs / f"{r['method']}-{experiment_key(r['settings'])}" / "pictures.npz" for r in first]
+        if lacking := [r["method"] for r, file in zip(first, files) if not file.exists()] or {*METHODS} - {r["method"] for r in first}:
+            print(f"{name}: not made, for {runs} has no pictures of {', '.join(sorted(lacking))} at seed 0")
+            continue
+        save_pictures(HERE / f"pictures_{name}.npz", without_photographs(load_pictures(*files)))
+        print(f"{name}:", *(r["method"] for r in first))
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python results/make_pictures.py RUNS")
+    main(Path(sys.argv[1]))

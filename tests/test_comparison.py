@@ -101,7 +101,12 @@ def test_runs_that_agree_to_the_digit():
     assert (same.told, same.clear, same.p) == ("0.0 [0.0, 0.0]", False, 1.)
     moved = paired_difference({"a": runs(41., 42.), "b": runs(40., 41.)}, "a", "b")
     assert (moved.low, moved.high, moved.clear, moved.p) == (1., 1., True, 0.)
-    assert Difference(-.04, -.3, .04, 3, .1).told == "0.0 [-0.3, 0.0]"  # no minus before a zero
+    assert Difference(-.04, -.3, .004, 3, .1).told == "0.0 [-0.3, 0.0]"  # no minus before a zero
+
+
+def test_a_bound_near_zero_says_on_which_side_it_lies():
+    for low, told in ((-.011, "-0.01"), (.04, "+0.04"), (-.049, "-0.05"), (.06, "+0.1"), (-.96, "-1.0")):
+        assert Difference(.5, low, 1., 3, .3).told == f"+0.5 [{told}, +1.0]"
 
 
 # many comparisons
@@ -120,6 +125,11 @@ def with_p(p, n=4):
     ((None, .03, .001, None), (0, 1, 1, 0))])  # what was not run is no comparison
 def test_holm_by_hand(p, clear):
     assert holm([None if v is None else with_p(v) for v in p]) == [bool(c) for c in clear]
+
+
+def test_holm_leaves_out_what_no_verdict_is_given_on():
+    two = with_p(.001, n=2)
+    assert holm([two, with_p(.04)]) == [False, True] and verdict(1., two) == "open"      # nor does it make the others' bound harder
 
 
 def test_holm_leaves_single_seeds_out():
@@ -265,6 +275,15 @@ def drawn(figure):
     file = io.BytesIO()
     figure.savefig(file, format="png")
     return file.tell(), [text.get_text() for ax in figure.axes for text in ax.texts]
+
+
+def test_ablation_figure_marks_data_seeds():
+    scores = {"a": {(0, 0): 40., (0, 1): 41., (1, 0): 30.}, "b": {(1, 0): 31.}}
+    right = ablation_figure(scores, {"a": 50.}).axes[1]
+    drawn_at = {(line.get_marker(), x, int(y)) for line in right.lines if line.get_marker() in "o^" for x, y in zip(*line.get_data())}
+    assert drawn_at == {("o", 40., 0), ("o", 41., 0), ("^", 30., 0)}             # a single run is its bar
+    assert [t.get_text() for t in right.get_legend().get_texts()] == ["data seed 0", "data seed 1"]
+    assert ablation_figure({"a": {(0, 0): 40., (0, 1): 41.}}, {}).axes[1].get_legend() is None
 
 
 def test_ablation_figure_with_missing_rows():

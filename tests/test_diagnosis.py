@@ -312,10 +312,15 @@ def test_kept_pictures_hold_neither_photograph_nor_truth(cr_al, tmp_path):
 def test_figure_4_with_and_without_the_data_set(cr_al):
     run, net = cr_al
     rows = without_photographs(picture_rows(run, net, 2))
-    without, whole = (figure_4(r, {"cr_al": rows}) for r in (rows, add_photographs(rows, run.data.test, run.data.lut)))
-    told = [[t.get_text() for ax in f.axes for t in ax.texts] for f in (without, whole)]
-    assert told == [["needs the data set"] * 4, []]
-    assert [len(ax.images) for ax in without.axes] == [0, 0, 1] * 2 and [len(ax.images) for ax in whole.axes] == [1] * 6
+    photographs = add_photographs(rows, run.data.test, run.data.lut)
+    without, whole = (figure_4(r, {"cr_al": rows}, run.data.colors, run.data.classes) for r in (rows, photographs))
+    assert [ax.get_title() for ax in without.axes] == ["CR-AL", ""] and [len(ax.images) for ax in without.axes] == [1, 1]
+    assert [ax.get_title() for ax in whole.axes[:3]] == ["target image", "truth", "CR-AL"]
+    assert [len(ax.images) for ax in whole.axes] == [1] * 6
+    half = figure_4([replace(photographs[0], truth=None), photographs[1]], {"cr_al": rows})
+    assert [len(ax.images) for ax in half.axes] == [1, 0, 1, 1, 1, 1]                # the column stays for the other row
+    predicted = {run.data.classes[c] for row in rows for c in np.unique(row.predictions["cr_al"])}
+    assert {t.get_text() for t in without.legends[0].get_texts()} == predicted
 
 
 def test_relations_are_named_by_what_they_hold(cr_al):

@@ -13,8 +13,9 @@ import pytest
 
 from mlan.command_line import main
 from mlan.experiments import (
-    BENCHMARK, FACTORS, PAIRS, TABLES, Row, experiment_key, missing, planned, read_records, row_records, row_settings, run_missing, trials)
-from mlan.settings import MAP_WEIGHTS, PLANS, PROFILES, Settings
+    BENCHMARK, FACTORS, PAIRS, TABLES, Row, expected_seconds, experiment_key, experiment_title, missing, of_profile, planned, read_records,
+    row_records, row_scores, row_settings, run_missing, trials)
+from mlan.settings import MAP_WEIGHTS, PLANS, PROFILES, Settings, make_settings
 
 TINY = dict(size=(32, 64), target_size=(32, 64), n_source=24, n_target=12, n_val=4, n_test=4, min_samples=3, warmup_steps=6, steps=6,
             schedule_steps=6, ramp_steps=2, critic_width=4, batch_size=3, log_every=2, val_every=3, checkpoint_every=2,
@@ -104,7 +105,8 @@ def test_every_setting_counts_in_a_key_but_those_that_change_no_result():
         other = {str: f"{value}x", int: 77, float: 0.77, bool: True, tuple: (77, 77)}[type(value)]
         same = name in ("device", "workers", "checkpointing", "compile", "log_every", "checkpoint_every")
         assert (experiment_key({**settings, name: other}) == experiment_key(settings)) == same, name
-    assert experiment_key({**settings, "weights": "/here/a.pt"}) == experiment_key({**settings, "weights": "/there/a.pt"})
+    def named(weights): return experiment_key({**settings, "weights": weights})
+    assert named("/here/a.pt") == named("/there/a.pt") == named("a.pt") != named("caffe:a.pt") == named("caffe:/here/a.pt")
 
 
 def test_a_key_survives_json():
@@ -162,7 +164,130 @@ def test_unknown_names_are_refused(capsys, tmp_path):
         assert f"there is no '{name}'; choose from" in capsys.readouterr().err
 
 
-def test_profiles_know_every_row():
+def a_record(s: Settings, miou=40.0, val=40.0, **more) -> dict:
+    "A made-up run."
+    settings = json.loads(json.dumps(asdict(s)))
+    return {"benchmark": BENCHMARK, "settings": settings, "method": s.method, "seed": s.seed, "data_seed": s.data_seed, "miou": miou,
+            "miou_val": val, "cost": {"align": 100.0}, "device": "a", **more}
+
+
+def test_every_experiment_has_a_title_of_its_own():
+    for table in TABLES:
+        made = planned((table,), tuple(PAIRS), seeds=(0, 1))
+        assert len({experiment_title(s) for s in made}) == len(made)
+    plain = experiment_title(row_settings(Row("cr_al"), PAIRS["airsim_camvid"]))
+    assert plain == "airsim_nh to camvid: CR-AL, seed 0, data seed 0"          # the pair's own size is not worth a word
+    assert "mlan" in experiment_title(make_settings("a", "b", "mlan")).lower()
+
+
+def test_a_dry_run_names_every_experiment_and_its_time(tmp_path, capsys):
+    (tmp_path / "r.jsonl").write_text("")
+    assert main(["experiments", "--table", "figure5", "--records", str(tmp_path / "r.jsonl"), "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len({*lines}) == 11 and sum("lambda_ent 0.006" in line for line in lines) == 2
+
+
+def test_a_budget_knows_the_times_of_this_device_alone():
+    s = row_settings(Row("cr_al"), PAIRS["streets"])
+    both = [a_record(s), a_record(s, cost={"align": 9.0}, device="b")]
+    assert [expected_seconds(s, both, d) for d in ("a", "b", "c")] == [100.0, 9.0, 0.0] and expected_seconds(s, both) == 100.0
+    longer = expected_seconds(row_settings(Row("mlan"), PAIRS["streets"]), both, "a")
+    steps = s.warmup_steps + s.steps
+    assert longer == pytest.approx(100.0 * (steps + s.steps + s.translation_steps + s.self_training_steps) / steps)
+
+
+def test_what_one_experiment_cannot_do_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
+    "No BatchNorm for AdaBN, no memory, no map to look at."
+    import torch
+    from mlan import experiments
+
+    def run_mlan(method, out, stages, progress, **settings):
+        if method == "adabn":
+            raise ValueError("vgg16 has no BatchNorm")
+        if method == "oracle":
+            raise torch.OutOfMemoryError("no memory\nand a long story")
+        s = make_settings(method=method, **settings)
+        return type("Result", (), {"record": a_record(s)})
+
+    def diagnose(run):
+        raise ValueError("maps are zero everywhere")
+    for name, fake in (("run_mlan", run_mlan), ("diagnose", diagnose), ("walk", lambda run: None)):
+        monkeypatch.setattr(experiments, name, fake)
+    file = tmp_path / "r.jsonl"
+    left = run_missing(plan(("adabn", "oracle", "cr_al", "fda")), file, tmp_path)
+    assert [s.method for s in left] == ["adabn", "oracle"] and [r["method"] for r in read_records(file)] == ["cr_al", "fda"]
+    assert "zero everywhere" in read_records(file)[0]["diagnosis_failed"] and read_records(file)[0]["miou"] == 40.0
+    said = capsys.readouterr().err
+    assert "left out: vgg16 has no BatchNorm" in said and "left out: no memory" in said and "long story" not in said
+
+
+def test_a_data_set_that_lacks_is_named_before_the_first_run(tmp_path, monkeypatch):
+    monkeypatch.delenv("MLAN_DATA", raising=False)
+    both = [*plan(("source_only",)), row_settings(Row("source_only"), PAIRS["airsim_camvid"], device="cpu")]
+    with pytest.raises(ValueError, match="MLAN_DATA"):
+        run_missing(both, tmp_path / "r.jsonl", tmp_path, progress=False)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_several_processes_do_not_share_an_experiment(tmp_path, monkeypatch):
+    monkeypatch.setattr("mlan.experiments.processes", lambda: type("Team", (), {"num_processes": 2}))
+    with pytest.raises(ValueError, match="an experiment is one process"):
+        run_missing(plan(), tmp_path / "r.jsonl", tmp_path, progress=False)
+
+
+def test_another_data_seed_is_no_other_photograph():
+    made = planned(("1",), ("streets_camvid", "airsim_camvid"), data_seeds=(0, 1))
+    assert len(made) == 3 * 7 and {s.data_seed for s in made if s.source == "airsim_nh"} == {0}
+
+
+def test_a_flag_does_not_unmake_a_row():
+    with pytest.raises(ValueError, match="the row CR-AL, maps raw sets map_weights itself"):
+        planned(("controls",), map_weights="shuffled")
+    assert {s.steps for s in planned(("controls",), steps=7)} == {7}
+
+
+def test_own_weights_need_a_whole_search_of_the_same_settings():
+    rows = [Row("source_only"), Row("cr_al")]
+    known = [a_record(row_settings(t, PAIRS["streets"]), val=30.0 + i) for row in TABLES["1"] for i, t in enumerate(trials(row))]
+    chosen = planned(("1",), chosen=known, seeds=(3,))
+    assert [s.lr for s in chosen if s.method == "source_only"] == [3 * row_settings(rows[0], PAIRS["streets"]).lr]
+    for wrong, said in ((dict(chosen=known[1:]), "has not had its three trials"), (dict(steps=9), "has not had its three trials"),
+                        (dict(pairs=("cartoon",)), "on cartoon"), (dict(tables=("figure5",)), "point of a figure")):
+        with pytest.raises(ValueError, match=said):
+            planned(**{"tables": ("1",), "chosen": known, **wrong})
+
+
+def test_rows_of_two_profiles_do_not_mix():
+    both = [a_record(row_settings(Row("cr_al"), PAIRS["streets"], p)) for p in ("quick", "paper")]
+    with pytest.raises(ValueError, match="of_profile"):
+        row_records(both, Row("cr_al"), PAIRS["streets"])
+    for p in ("quick", "paper"):
+        assert [r["settings"]["profile"] for r in row_records(of_profile(both, p), Row("cr_al"), PAIRS["streets"])] == [p]
+
+
+def test_a_run_that_stands_twice_is_refused():
+    twice = [a_record(row_settings(Row("cr_al"), PAIRS["streets"]), miou) for miou in (40.0, 30.0)]
+    with pytest.raises(ValueError, match="two records for row 'cr_al'"):
+        row_scores(twice, [Row("cr_al")], PAIRS["streets"])
+
+
+@pytest.mark.parametrize("line", ["1", "[]", '{"benchmark": 1}', "{"])
+def test_a_line_that_is_no_record_is_named(line, tmp_path, capsys):
+    (tmp_path / "r.jsonl").write_text(line + "\n")
+    assert main(["experiments", "--records", str(tmp_path / "r.jsonl"), "--dry-run"]) == 2
+    assert "line 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags, said", [(("--budget", "-5"), "no number of seconds"), (("--seed", "3"), "unrecognized"),
+                                         (("--data", "3"), "unrecognized")])
+def test_flags_that_mean_nothing_are_refused(flags, said, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["experiments", "--records", str(tmp_path / "r.jsonl"), *flags])
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_profiles_know_every_row(pair):
     for profile in PROFILES:
         for row in {r for table in TABLES.values() for r in table}:
-            assert isinstance(row_settings(row, PAIRS["streets"], profile), Settings)
+            assert isinstance(row_settings(row, PAIRS[pair], profile), Settings)
