@@ -291,3 +291,10 @@ def test_profiles_know_every_row(pair):
     for profile in PROFILES:
         for row in {r for table in TABLES.values() for r in table}:
             assert isinstance(row_settings(row, PAIRS[pair], profile), Settings)
+
+
+def test_photographs_are_not_squeezed():
+    "CamVid's are 4:3."
+    for pair, profile in ((p, n) for p in PAIRS.values() if p.target == "camvid" for n in PROFILES if n != "paper"):
+        s = row_settings(Row("cr_al"), pair, profile)
+        assert s.size == s.target_size and 4 * s.size[0] == 3 * s.size[1] and all(s.size[0] % p == 0 for p in s.patches[:2])

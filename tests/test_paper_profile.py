@@ -97,3 +97,13 @@ def test_checkpointing_and_mixed_precision_need_less():
     plain, half, again = (step_cost(lambda c=c: segmentation_step(replace(s, **c), "cr_al", 19, s.size)) for c in changes)
     assert half.peak < .75 * plain.peak and again.peak < .9 * plain.peak
     assert half.flops == plain.flops and 1.1 < again.flops / plain.flops < 1.4
+
+
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])  # bf16 is slow on a CPU
+def test_every_stage_of_the_gpu_profile_runs(precision, tmp_path):
+    few = dict(size=(64, 128), target_size=(64, 128), patches=(8, 16, 32), n_source=8, n_target=6, n_val=2, n_test=2, min_samples=2,
+               warmup_steps=2, steps=2, schedule_steps=2, ramp_steps=1, translation_steps=2, self_training_steps=3, weights="none",
+               device="cpu", workers=0, precision=precision, val_every=0)
+    record = run_mlan("streets:engine", "streets:camera", "mlan", "gpu", out=tmp_path, progress=False, **few).record
+    assert record["miou"] is not None and record["settings"]["backbone"] == "resnet50" and record["profile"] == "gpu"
+    assert len(record["facts"]["self_training"]) == 3 and len(record["classes"]) == 19
