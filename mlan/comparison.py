@@ -296,7 +296,7 @@ def class_table(
              percent(one["mIoU"]) if found[row] else "not run") for row, one in values.items()]
     return Table(("method", *columns), rows, _marked(values, {c: j for j, c in enumerate(columns, 1)}))
 
-# %% ../nbs/20_comparison.ipynb #cbe648fc
+# %% ../nbs/20_comparison.ipynb #7fcc5248
 _GREY, _INK = "#6b7280", ("#d55e00", "#0072b2", "#009e73", "#cc79a7")
 
 _MARKS = "o^sD" # one a data seed
@@ -323,7 +323,7 @@ def _staircase(ax, values: dict[str, dict], ink: str, missing: str):
         ax.annotate(f"{means[row]:.1f}", (max(runs.values()), y), (9, 0), textcoords="offset points", va="center", fontsize=9)
     if len(marks) > 1:
         kinds = [ax.plot([], [], mark, color=ink, alpha=.4, mew=0, label=f"data seed {seed}")[0] for seed, mark in marks.items()]
-        ax.legend(handles=kinds, frameon=False, fontsize=8, loc="lower right")
+        ax.legend(handles=kinds, frameon=False, fontsize=8, loc="upper right")
     ax.grid(axis="x", alpha=.25)
     ax.set_axisbelow(True)
     ax.spines[["top", "right", "left"]].set_visible(False)

@@ -339,7 +339,7 @@ def add_photographs(rows: list,  # of PictureRow without image and truth
     return [replace(row, image=dataset.image(index[row.name]),
                     truth=lut[dataset.labels(index[row.name])] if dataset.labelled else None) for row in rows]
 
-# %% ../nbs/21_diagnosis.ipynb #7a42af3b
+# %% ../nbs/21_diagnosis.ipynb #5d839e10
 def _class_legend(fig, maps: list, colors, classes):
     "The classes that occur in some label maps, below a figure."
     used = sorted({int(c) for m in maps for c in np.unique(m) if c < len(classes)})
@@ -347,7 +347,7 @@ def _class_legend(fig, maps: list, colors, classes):
     if handles:
         fig.legend(handles=handles, loc="outside lower center", ncols=min(10, len(used)), frameon=False, fontsize=8)
 
-
+# %% ../nbs/21_diagnosis.ipynb #b0034c73
 def figure_4(rows: list,  # of PictureRow: image and truth where there are any
              columns: dict,  # {method: its PictureRows, of the same images}
              colors: np.ndarray = CITYSCAPES_COLORS,  # (K, 3)

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['BENCHMARK', 'PAIRS', 'ADVERSARIAL', 'FACTORS', 'PRETRAINED', 'TABLES', 'CONTROL_STEPS', 'Pair', 'Row', 'row_settings',
            'trials', 'experiment_key', 'experiment_title', 'of_profile', 'profile_of', 'row_records', 'row_scores',
-           'searched', 'chosen_trial', 'read_records', 'append_record', 'planned', 'named', 'total_seconds',
-           'expected_seconds', 'measure', 'run_missing', 'missing']
+           'searched', 'chosen_trial', 'read_records', 'append_record', 'named', 'planned', 'total_seconds',
+           'expected_seconds', 'measure', 'missing', 'run_missing']
 
 # %% ../nbs/22_experiments.ipynb #562c3f3b
 import json
@@ -249,7 +249,23 @@ def append_record(record: dict, path: str | Path):
         text = old + "\n" * (old[-1:] not in ("", "\n")) + json.dumps(record) + "\n"
         write_whole(Path(path), lambda part: part.write_text(text, encoding="utf-8"))
 
-# %% ../nbs/22_experiments.ipynb #ba06de72
+# %% ../nbs/22_experiments.ipynb #a182900a
+def named(names, there: dict):
+    "ValueError where a name is none of a dict's."
+    for name in names:
+        if name not in there:
+            raise ValueError(f"there is no {name!r}; choose from {', '.join(there)}")
+
+
+def _chosen_rows(records, rows, pairs, changes) -> dict:  # {(pair, row): its best trial}
+    for pair, row in product(pairs, rows):
+        if row.times:
+            raise ValueError(f"{row.title} is a point of a figure or of the search; choose tables 1, 2, references, controls")
+        if None in searched(records, row, PAIRS[pair], **changes):
+            raise ValueError(f"{row.title} has not had its three trials on {pair}; run --table search --pair {pair} first, at seed 0")
+    return {(pair, row): chosen_trial(records, row, PAIRS[pair], **changes) for pair, row in product(pairs, rows)}
+
+# %% ../nbs/22_experiments.ipynb #667a4789
 def planned(tables,  # keys of TABLES
             pairs=("streets",),  # keys of PAIRS
             profile: str = "quick", seeds=(0,), data_seeds=(0,),
@@ -269,22 +285,6 @@ def planned(tables,  # keys of TABLES
         settings = row_settings(own[pair, row] if own else row, there, profile, **seeds_of_it, **changes)
         found.setdefault(experiment_key(settings), settings)
     return [*found.values()]
-
-
-def named(names, there: dict):
-    "ValueError where a name is none of a dict's."
-    for name in names:
-        if name not in there:
-            raise ValueError(f"there is no {name!r}; choose from {', '.join(there)}")
-
-
-def _chosen_rows(records, rows, pairs, changes) -> dict:  # {(pair, row): its best trial}
-    for pair, row in product(pairs, rows):
-        if row.times:
-            raise ValueError(f"{row.title} is a point of a figure or of the search; choose tables 1, 2, references, controls")
-        if None in searched(records, row, PAIRS[pair], **changes):
-            raise ValueError(f"{row.title} has not had its three trials on {pair}; run --table search --pair {pair} first, at seed 0")
-    return {(pair, row): chosen_trial(records, row, PAIRS[pair], **changes) for pair, row in product(pairs, rows)}
 
 # %% ../nbs/22_experiments.ipynb #de994f27
 def total_seconds(record: dict) -> float:
@@ -355,24 +355,11 @@ def _looked_into(settings, folder, record) -> dict:
         found = {"diagnosis_failed": str(error)}
     return {**record, **found, "cost": {**record["cost"], "diagnosis": round(time.time() - began, 1)}}
 
-# %% ../nbs/22_experiments.ipynb #a47829d8
-def run_missing(plan: list,  # of Settings, from `planned`
-                records: str | Path,  # the file
-                folder: str | Path,  # of runs and shared stages
-                budget: float | None = None,  # seconds
-                progress: bool = True) -> list:  # of Settings that still are to be run
-    "Run what the file lacks, append each record at once, stop when the budget does not hold another run."
-    folder, began, todo = Path(folder), time.time(), missing(plan, records)
-    device = _checked(todo)
-    (folder / "runs").mkdir(parents=True, exist_ok=True)
-    for settings in tqdm(todo, desc="runs", disable=not progress):
-        if budget is not None and time.time() - began + expected_seconds(settings, read_records(records), device) > budget:
-            break
-        with _taken(folder / "runs" / f"{experiment_key(settings)}.lock") as mine:
-            if mine and missing([settings], records):
-                said = _measured(settings, folder, records)
-                tqdm.write(f"{experiment_title(settings)}: {said}", file=sys.stderr) if progress else None
-    return missing(plan, records)
+# %% ../nbs/22_experiments.ipynb #c1be5220
+def missing(plan: list, records: str | Path) -> list:  # of Settings
+    "What of a plan a file of records lacks."
+    there = {experiment_key(r["settings"]) for r in read_records(records) if r.get("benchmark") == BENCHMARK}
+    return [s for s in plan if experiment_key(s) not in there]
 
 
 def _measured(settings, folder, records) -> str:  # what to say of it
@@ -392,8 +379,22 @@ def _checked(todo) -> str:  # the device, as records name it
         open_datasets(s, s.source, s.target)
     return environment(usable_device(todo[0].device if todo else "auto"))["device"]
 
-
-def missing(plan: list, records: str | Path) -> list:  # of Settings
-    "What of a plan a file of records lacks."
-    there = {experiment_key(r["settings"]) for r in read_records(records) if r.get("benchmark") == BENCHMARK}
-    return [s for s in plan if experiment_key(s) not in there]
+# %% ../nbs/22_experiments.ipynb #c970f838
+def run_missing(plan: list,  # of Settings, from `planned`
+                records: str | Path,  # the file
+                folder: str | Path,  # of runs and shared stages
+                budget: float | None = None,  # seconds
+                progress: bool = True) -> list:  # of Settings that still are to be run
+    "Run what the file lacks, append each record at once, stop when the budget does not hold another run."
+    folder, began, todo = Path(folder), time.time(), missing(plan, records)
+    device = _checked(todo)
+    (folder / "runs").mkdir(parents=True, exist_ok=True)
+    for settings in tqdm(todo, desc="runs", disable=not progress):
+        if budget is not None and time.time() - began + expected_seconds(settings, read_records(records), device) > budget:
+            break
+        with _taken(folder / "runs" / f"{experiment_key(settings)}.lock") as mine:
+            if mine and missing([settings], records):
+                said = _measured(settings, folder, records)
+                if progress or said.startswith("left out"):
+                    tqdm.write(f"{experiment_title(settings)}: {said}", file=sys.stderr)
+    return missing(plan, records)

@@ -78,6 +78,16 @@ def test_no_picture_of_real_data_is_kept(notebook):
 
 
 @each_notebook
+def test_outputs_name_no_place_on_a_machine(notebook):
+    "Warnings and paths of whoever ran it last."
+    for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
+        for output in cell.get("outputs", ()):
+            told = "".join(output.get("text", ())) + json.dumps({k: v for k, v in output.get("data", {}).items() if k.startswith("text/")})
+            place = re.search(r"site-packages|/(home|root|work|Users)/|[A-Z]:\\\\", told)
+            assert not place, f"{notebook.name} shows {told[max(0, place.start() - 60):place.end() + 60]!r}: run it again without that"
+
+
+@each_notebook
 def test_one_notebook_one_module(notebook):
     name = notebook.relative_to(ROOT)
     assert notebook in NUMBERED or notebook == ROOT / "nbs/index.ipynb", f"{name}: name it NN_module.ipynb, in nbs/"
