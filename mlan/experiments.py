@@ -286,7 +286,7 @@ def planned(tables,  # keys of TABLES
         found.setdefault(experiment_key(settings), settings)
     return [*found.values()]
 
-# %% ../nbs/22_experiments.ipynb #de994f27
+# %% ../nbs/22_experiments.ipynb #3b79b1a1
 def total_seconds(record: dict) -> float:
     "What all stages of a run took, whoever made them; a stage whose time is not known counts nothing."
     return sum(seconds or 0 for seconds in record["cost"].values())
@@ -310,7 +310,7 @@ def expected_seconds(settings: Settings, records: list,
     alike = [r for r in alike if r["method"] == settings.method] or alike
     return max((total_seconds(r) * _amount(asdict(settings)) / _amount(r["settings"]) for r in alike), default=0.0)
 
-
+# %% ../nbs/22_experiments.ipynb #c0d1ced3
 @contextmanager
 def _taken(file: Path):  # True if this runner has it
     "An experiment is one runner's at a time."
