@@ -239,7 +239,7 @@ def _marked(values: dict[str, dict], columns: dict[str, int]) -> frozenset: # {(
     "The best cells of some columns, given {row: {column: value}} and the columns' places."
     return frozenset((i, j) for column, j in columns.items() for i, row in enumerate(values) if row in best_methods(values, column))
 
-# %% ../nbs/20_comparison.ipynb #51be6ba8
+# %% ../nbs/20_comparison.ipynb #4de35aef
 def _method_table(scores: dict[str, dict], paper: dict, base: str, titles: dict | None) -> Table:
     "One row a method."
     rows, values = [], {}
@@ -249,7 +249,9 @@ def _method_table(scores: dict[str, dict], paper: dict, base: str, titles: dict 
         rows.append((_title(row, titles), percent(paper[row]) if row in paper else "", gain, ours.told if ours else "not run",
                      str(ours.n) if ours else "0", "" if row == base else _gap(scores, row, base)))
         values[row] = {"paper": paper.get(row), "ours": ours and ours.mean}
-    heads = ("method", "paper", f"over {_title(base, titles)}", "ours", "runs", f"over {_title(base, titles)} [95%]")
+    heads = ("method", "paper", "paper's gain", "ours", "runs", f"our gain over {_title(base, titles)} [95%]")
+    if not paper: # a table of our own
+        return Table(heads[:1] + heads[3:], [row[:1] + row[3:] for row in rows], _marked(values, {"ours": 1}))
     return Table(heads, rows, _marked(values, {"paper": 1, "ours": 3}))
 
 def _comparison_rows(scores: dict[str, dict], paper: dict, comparisons: list[tuple[str, str]], titles: dict | None) -> Table:

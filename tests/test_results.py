@@ -13,8 +13,9 @@ from mlan.experiments import (
     BENCHMARK, CONTROL_STEPS, FACTORS, PAIRS, TABLES, Row, experiment_key, measure, read_records, row_settings, trials)
 from mlan.paper_tables import PAPER_MIOU, STEPS, gain
 from mlan.results import (
-    WORDS, ablation, agreement_table, answer, condition_table, coverage_table, data_set_table, fair_table, findings, gap_table, order_table,
-    outcome_table, pairs_table, pretrained_table, repeat_differences, repeat_table, search_table, tally, weight_curves)
+    WORDS, ablation, agreement_table, answers, condition_table, coverage_table, data_set_table, fair_table, findings, gap_table,
+    order_table, outcome_table, pairs_table, pretrained_table, repeat_differences, repeat_table, search_table, tally,
+    weight_curves)
 from mlan.trainer import TrainingError
 
 ROOT = Path(__file__).parent.parent
@@ -110,11 +111,11 @@ def test_nothing_was_run_and_every_table_says_so():
     for made in EVERY:
         made([])
     assert agreement_table([]).rows == [] and repeat_table([], []).rows == []
-    assert "not run against the plain sum" in findings([])
+    assert "not run against the plain sum" in findings([]) and "0 are reproduced" in findings([])
 
 
 def test_unknown_names_are_refused_with_those_that_exist():
-    for wrong in (lambda: answer([], "cr_all", {}), lambda: answer([], "cr_al", {"fda": "FDA"}, "kitti"),
+    for wrong in (lambda: answers([], {"?": ("cr_all", {"fda": "FDA"})}), lambda: answers([], {"?": ("cr_al", {"fda": "FDA"})}, "kitti"),
                   lambda: ablation([], "kitti", ("1",), []), lambda: ablation([], "streets", ("9",), []),
                   lambda: outcome_table([], pairs=("kitti",))):
         with pytest.raises(ValueError, match="there is no '.*'; choose from"):
@@ -201,26 +202,38 @@ def test_a_data_set_is_told_by_itself():
     assert {line[0]: line[1:] for line in table.rows}["IL-AL over source only"] == ("+2.0 (1 seed)", "-3.0 (1 seed)")
 
 
-def test_another_rounding_stands_in_where_it_was_run():
+def test_another_rounding_is_asked_where_both_rows_were_run():
     now = [record(Row(m), v + s, seed=s) for m, v in (("cr_al", 41.0), ("il_al", 40.0), ("rl_al_and_il_al", 41.5)) for s in range(3)]
     before = [record(Row(m), v + s, seed=s) for m, v in (("cr_al", 42.0), ("il_al", 40.0)) for s in range(2)]
-    told = {line[0]: line[1:] for line in repeat_table(now, before).rows}
-    assert told["CR-AL over IL-AL"] == ("open +1.0 [+1.0, +1.0]", "open +2.0 [+2.0, +2.0]")          # the two seeds of both
-    assert told["CR-AL over RL-AL + IL-AL"] == ("open -0.5 [-0.5, -0.5]", "open +0.5 [+0.5, +0.5]")  # the control is taken from now
+    assert repeat_table(now, before).rows == [("CR-AL over IL-AL", "open +1.0 [+1.0, +1.0]", "open +2.0 [+2.0, +2.0]")]
 
 
 def test_what_is_below_is_said_to_be_below():
     runs = [record(Row(m), v + s + 0.01 * s * i, seed=s) for i, (m, v) in enumerate((("cr_al", 40.0), ("fda", 42.0), ("adabn", 38.0)))
             for s in range(3)]
-    assert answer(runs, "cr_al", {"fda": "FDA", "adabn": "AdaBN", "oracle": "the oracle"}) == (
-        "CR-AL is clearly above AdaBN (+2.0 [+1.9, +2.0]); clearly below FDA (-2.0 [-2.0, -2.0]); not run against the oracle.")
+    bases = {"fda": "FDA", "adabn": "AdaBN", "oracle": "the oracle"}
+    assert answers(runs, {"?": ("cr_al", bases)}) == {
+        "?": "CR-AL is clearly above AdaBN (+2.0 [+1.9, +2.0]); clearly below FDA (-2.0 [-2.0, -2.0]); not run against the oracle."}
+
+
+def test_clear_is_what_is_clear_among_all_that_is_asked():
+    "A p value of .03 stands by itself, and not beside another comparison."
+    differences = (1.0, 1.5, 0.5, 1.2)                                              # t = 4.9 with three degrees of freedom: p about .016
+    runs = [record(Row(m), v, seed=s) for s, d in enumerate(differences) for m, v in (("cr_al", 40.0 + d), ("fda", 40.0), ("adabn", 40.0))]
+    runs += [record(Row("mlan"), 40.0 + (-1) ** s, seed=s) for s in range(4)]
+    one = answers(runs, {"?": ("cr_al", {"fda": "FDA"})})["?"]
+    more = answers(runs, {"?": ("cr_al", {"fda": "FDA"}), "!": ("cr_al", {"adabn": "AdaBN", "mlan": "MLAN"}),
+                          "x": ("mlan", {"fda": "FDA"})})
+    assert "clearly above FDA" in one and "by itself above FDA" in more["?"] and "by itself above AdaBN" in more["!"]
+    assert "not clearly apart from FDA" in more["x"]
 
 
 def test_a_condition_is_compared_with_the_plain_sum_under_the_same_condition():
     hog = (("descriptor", "hog"),)
     runs = [record(Row("cr_al"), 40.0), record(Row("rl_al_and_il_al"), 41.0), record(Row("cr_al", hog), 42.0),
             record(Row("rl_al_and_il_al", hog), 44.0), record(Row("cr_al", (("pooling", "adaptive"),)), 39.0)]
-    told = {line[0]: line[1:] for line in condition_table(runs).rows}
+    told = {line[0]: line[1:] for line in condition_table([*runs, record(Row("cr_al"), 9.0, seed=1)]).rows}
+    assert told["CR-AL as usual, seed 0"] == ("40.0", "", "-1.0 (1 seed)")
     assert told["CR-AL, descriptor hog"] == ("42.0", "+2.0 (1 seed)", "-2.0 (1 seed)")
     assert told["RL-AL + IL-AL, descriptor hog"] == ("44.0", "+3.0 (1 seed)", "")
     assert told["CR-AL, pooling adaptive"] == ("39.0", "-1.0 (1 seed)", "-2.0 (1 seed)")
@@ -230,7 +243,7 @@ def test_rows_from_imagenet_stand_beside_each_other_and_not_beside_the_small_net
     rows = TABLES["pretrained"]
     runs = [record(Row("cr_al"), 10.0)] + [record(row, 50.0 + i) for i, row in enumerate(rows)]
     table = pretrained_table(runs)
-    assert [line[3] for line in table.rows] == [f"{50 + i:.1f}" for i in range(len(rows))]
+    assert table.heads[1] == "ours" and [line[1] for line in table.rows] == [f"{50 + i:.1f}" for i in range(len(rows))]
     assert all("backbone" not in line[0] for line in table.rows)
 
 
