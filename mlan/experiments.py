@@ -36,7 +36,7 @@ from .trainer import TrainingError, processes, usable_device
 # %% ../nbs/22_experiments.ipynb #b5c98efb
 BENCHMARK = 1  # version of the built-in data and its splits
 
-# %% ../nbs/22_experiments.ipynb #d63ba24f
+# %% ../nbs/22_experiments.ipynb #fb84264f
 @dataclass(frozen=True)
 class Pair:
     "A source and a target, and the settings that they need."
@@ -49,7 +49,8 @@ class Pair:
         return any(spec.startswith("streets:") for spec in (self.source, self.target))
 
 
-_CAMVID = {"quick": dict(size=(96, 128), target_size=(96, 128), patches=(12, 24, 48))}
+_CAMVID = {"quick": dict(size=(96, 128), target_size=(96, 128), patches=(12, 24, 48)),  # its photographs are 4:3
+           "gpu": dict(size=(384, 512), target_size=(384, 512), patches=(48, 96, 192))}
 PAIRS = {"streets": Pair("streets:engine", "streets:camera"),
          "cartoon": Pair("streets:cartoon", "streets:camera"),
          "streets_camvid": Pair("streets:engine", "camvid", _CAMVID),
