@@ -141,7 +141,7 @@ def command_demo(args) -> None:
     print(comparison_table({m: r.record for m, r in results.items()}))
     print(f"\nCR-AL against source only: {gain:+.1f} points.   Pictures, curves, settings: {Path(args.out) / 'report.html'}")
 
-# %% ../nbs/23_command_line.ipynb #71e7f6c3
+# %% ../nbs/23_command_line.ipynb #f22afbbb
 def command_experiments(args) -> None:
     "Run the experiments of some tables that a file of records lacks."
     given = {k: v for k, v in _chosen(args).items() if k != "profile"}
@@ -156,7 +156,7 @@ def command_experiments(args) -> None:
     else:
         left = run_missing(plan, args.records, args.folder, args.budget, not args.quiet)
     there = f"{len(plan) - len(left)} of {len(plan)} experiments are in {args.records}"
-    print(there + "; the same command runs the rest" * bool(left))
+    print(there + f"; {'without --dry-run this command' if args.dry_run else 'the same command'} runs the rest" * bool(left))
 
 # %% ../nbs/23_command_line.ipynb #bc788ccb
 def command_report(args) -> None:

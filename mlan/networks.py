@@ -352,7 +352,7 @@ def _load_weights(extractor, state, source):
         raise ValueError(f"weights: {source} does not fit this backbone; missing {missing[:3]}, unexpected {foreign[:3]}")
     extractor.load_state_dict(state, strict=False)
 
-# %% ../nbs/05_networks.ipynb #f764157e
+# %% ../nbs/05_networks.ipynb #420523cb
 BACKBONES = ("small", "resnet50", "resnet101", "vgg16")
 
 
@@ -369,7 +369,12 @@ def build_extractor(backbone: str = "small",  # one of BACKBONES
             raise ValueError(f"backbone 'small' has no pretrained weights; set weights='none' instead of {weights!r}")
         return SmallExtractor()
     if weights == "imagenet":
-        style, state = "torchvision", torchvision.models.get_model_weights(backbone)["IMAGENET1K_V1"].get_state_dict(check_hash=True)
+        known = torchvision.models.get_model_weights(backbone)["IMAGENET1K_V1"]
+        try:
+            style, state = "torchvision", known.get_state_dict(check_hash=True)
+        except OSError as error:                             # no network; urllib's errors are OSErrors
+            raise ValueError(f"ImageNet's weights of {backbone} cannot be fetched ({error}); fetch {known.url} elsewhere and give the file "
+                             "as weights, or give weights none") from None
     elif weights != "none":
         stated, weights = _weight_file(weights)
         state = _read_weights(weights)

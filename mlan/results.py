@@ -93,19 +93,22 @@ _ASKED = {  # what is asked: (row, {row to beat: as a sentence names it})
     "All of MLAN": ("mlan", {"source_only": "source only", "cr_al": "CR-AL", "cr_al+fda": "CR-AL with FDA"})}
 _MAP_STEPS = (("regularized_rl_al", "rl_al"), ("regularized_il_al", "il_al"), ("cr_al+rit", "cr_al+it"), ("cr_al+rst", "cr_al+st"))
 
-# %% ../nbs/25_results.ipynb #441c5c71
+# %% ../nbs/25_results.ipynb #2eff9099
 def _level(records, row, pair="streets") -> str:
     found = summary(row_scores(records, [row], PAIRS[pair])[row.name].values())
     return found.told if found else "not run"
 
 
 def _steps_told(records) -> str:
-    counts = dict(zip((*WORDS, "firm"), tally(outcome_table(records)).rows[0][1:]))
-    good = [line[0] for line in outcome_table(records).rows if line[2].startswith("reproduced")]
+    outcome = outcome_table(records)
+    counts = dict(zip(WORDS, tally(outcome).rows[0][1:]))
+    good = [line for line in outcome.rows if line[2].startswith("reproduced")]
+    kinds = [[line[0] for line in good if ("(Holm)" in line[2]) == firm] for firm in (True, False)]
+    clear, alone = (f"{len(names)}" + f" ({'; '.join(names)})" * bool(names) for names in kinds)
     with_maps = sum(line[2].startswith("reproduced") for line in outcome_table(records, _MAP_STEPS).rows)
-    return (f"**The paper's steps:** of {len(STEPS)}, {counts['reproduced']} are reproduced{': ' * bool(good)}{'; '.join(good)} "
-            f"({counts['firm']} clear among all {len(STEPS)}), {counts['contradicted']} contradicted, {counts['open']} open. Of the "
-            f"{len(_MAP_STEPS)} steps that put a map where there was none, {with_maps} are reproduced.")
+    return (f"**The paper's steps:** of {len(STEPS)}, clearly reproduced {clear}, by themselves {alone}, contradicted "
+            f"{counts['contradicted']}, open {counts['open']}. Of the {len(_MAP_STEPS)} steps that put a map where there was none, "
+            f"{with_maps} are reproduced, clearly or by themselves.")
 
 
 def _scale_told(records) -> str:

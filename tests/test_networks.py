@@ -1,6 +1,7 @@
 "The networks at full size, against torchvision's, against nets written out by hand, and with real weights where they are at hand."
 
 import os
+import urllib.error
 from pathlib import Path
 
 import numpy as np
@@ -186,6 +187,14 @@ def test_files_that_do_not_fit_are_refused_by_name(tmp_path):
         (tmp_path / name).write_bytes(b"torn bytes")
         with pytest.raises(ValueError, match=f"{name} is no file of named tensors"):
             build_extractor("resnet50", str(tmp_path / name))
+
+
+def test_weights_that_cannot_be_fetched_are_named_with_what_to_do(monkeypatch):
+    def offline(self, *args, **kwargs):
+        raise urllib.error.URLError("Name or service not known")
+    monkeypatch.setattr(torchvision.models.ResNet50_Weights, "get_state_dict", offline)
+    with pytest.raises(ValueError, match=r"resnet50 cannot be fetched .*resnet50-.*\.pth elsewhere and give the file as weights"):
+        build_extractor("resnet50", "imagenet")
 
 
 def test_imagenet_takes_torchvisions_first_weights(tmp_path, monkeypatch):
