@@ -6,7 +6,7 @@
 __all__ = ['DEMO', 'command_run', 'command_check', 'command_prepare', 'command_evaluate', 'command_predict', 'demo',
            'command_demo', 'command_experiments', 'command_report', 'main']
 
-# %% ../nbs/23_command_line.ipynb #c36f3851
+# %% ../nbs/23_command_line.ipynb #ae623236
 import argparse
 import json
 import os
@@ -27,7 +27,7 @@ from .label_spaces import CITYSCAPES, label_table
 from .report import colorize, comparison_table, method_title
 from .samples import check_dataset, prepare
 from .settings import CHOICES, PLANS, PROFILES, QUICK, Settings
-from .train import environment, load_segmenter, report_runs, run_mlan
+from .train import device_name, load_segmenter, report_runs, run_mlan
 from .trainer import TrainingError, processes, usable_device
 
 # %% ../nbs/23_command_line.ipynb #425e6edf
@@ -141,7 +141,7 @@ def command_demo(args) -> None:
     print(comparison_table({m: r.record for m, r in results.items()}))
     print(f"\nCR-AL against source only: {gain:+.1f} points.   Pictures, curves, settings: {Path(args.out) / 'report.html'}")
 
-# %% ../nbs/23_command_line.ipynb #f22afbbb
+# %% ../nbs/23_command_line.ipynb #64b7e525
 def command_experiments(args) -> None:
     "Run the experiments of some tables that a file of records lacks."
     given = {k: v for k, v in _chosen(args).items() if k != "profile"}
@@ -149,7 +149,7 @@ def command_experiments(args) -> None:
     plan = planned(args.table, args.pair, args.profile, args.seeds, args.data_seeds, chosen, **given)
     if args.dry_run:
         left, known = missing(plan, args.records), read_records(args.records)
-        here = environment(usable_device(plan[0].device))["device"]
+        here = device_name(usable_device(plan[0].device))
         for s in left:
             seconds = expected_seconds(s, known, here)
             print(experiment_title(s) + f", about {seconds:.0f} s" * (seconds > 0))

@@ -8,7 +8,7 @@ __all__ = ['BENCHMARK', 'PAIRS', 'ADVERSARIAL', 'FACTORS', 'PRETRAINED', 'TABLES
            'searched', 'chosen_trial', 'read_records', 'append_record', 'named', 'planned', 'total_seconds',
            'expected_seconds', 'measure', 'missing', 'run_missing']
 
-# %% ../nbs/22_experiments.ipynb #562c3f3b
+# %% ../nbs/22_experiments.ipynb #1dc085b0
 import json
 import sys
 import time
@@ -30,7 +30,7 @@ from .pairs import digest, open_datasets, open_pair
 from .report import method_title
 from .settings import PLANS, PROFILES, RUNTIME_SETTINGS, Settings, make_settings
 from .stages import Run, walk
-from .train import environment, run_mlan
+from .train import device_name, environment, run_mlan
 from .trainer import TrainingError, processes, usable_device
 
 # %% ../nbs/22_experiments.ipynb #b5c98efb
@@ -211,18 +211,17 @@ def row_scores(records: list, rows, pair: Pair) -> dict:  # {row's name: {(data_
     scored = {row.name: [r for r in find(row, pair) if r["miou"] is not None] for row in rows}
     return {name: scores_of(runs, lambda r: name).get(name, {}) for name, runs in scored.items()}  # noqa: B023
 
-# %% ../nbs/22_experiments.ipynb #c557f13c
-def searched(records: list, row: Row, pair: Pair, **changes) -> list:  # of mIoU on val, one a trial; None where it was not run
-    "What the search at seed 0 found of a row."
+# %% ../nbs/22_experiments.ipynb #029b876f
+def searched(records: list, row: Row, pair: Pair, **changes) -> list:  # of records, one a trial; None where it was not run
+    "The search of a row: its trials at seed 0."
     find = _lookup(records)
-    def val(trial): return next((r["miou_val"] or 0.0 for r in find(trial, pair, **changes) if r["seed"] == r["data_seed"] == 0), None)
-    return [val(trial) for trial in trials(row)]
+    return [next((r for r in find(trial, pair, **changes) if r["seed"] == r["data_seed"] == 0), None) for trial in trials(row)]
 
 
 def chosen_trial(records: list, row: Row, pair: Pair, **changes) -> Row:
     "The trial with the best mIoU on val at seed 0; the row itself where the search has not been run."
     found = searched(records, row, pair, **changes)
-    return row if None in found else trials(row)[max(range(len(found)), key=found.__getitem__)]
+    return row if None in found else max(zip(trials(row), found), key=lambda two: two[1]["miou_val"] or 0.0)[0]
 
 # %% ../nbs/22_experiments.ipynb #d1dba98c
 _OF_A_RECORD = {"settings", "seed", "data_seed", "miou", "cost"}
@@ -356,7 +355,7 @@ def _looked_into(settings, folder, record) -> dict:
         found = {"diagnosis_failed": str(error)}
     return {**record, **found, "cost": {**record["cost"], "diagnosis": round(time.time() - began, 1)}}
 
-# %% ../nbs/22_experiments.ipynb #c1be5220
+# %% ../nbs/22_experiments.ipynb #4fbf806d
 def missing(plan: list, records: str | Path) -> list:  # of Settings
     "What of a plan a file of records lacks."
     there = {experiment_key(r["settings"]) for r in read_records(records) if r.get("benchmark") == BENCHMARK}
@@ -378,7 +377,7 @@ def _checked(todo) -> str:  # the device, as records name it
         raise ValueError("an experiment is one process: start `mlan experiments` plainly, as often as you like on one file")
     for s in {(s.source, s.target): s for s in todo}.values():
         open_datasets(s, s.source, s.target)
-    return environment(usable_device(todo[0].device if todo else "auto"))["device"]
+    return device_name(usable_device(todo[0].device if todo else "auto"))
 
 # %% ../nbs/22_experiments.ipynb #c970f838
 def run_missing(plan: list,  # of Settings, from `planned`

@@ -11,14 +11,13 @@ from mlan.comparison import Table, ablation_figure
 from mlan.experiments import CONTROL_STEPS, PAIRS, Row, read_records, row_records, row_scores
 from mlan.paper_tables import PAPER_MIOU, STEPS
 from mlan.results import (
-    ablation, condition_table, coverage_table, data_set_table, fair_table, findings, outcome_table, pairs_table, pretrained_table,
+    MAIN, ablation, condition_table, coverage_table, data_set_table, fair_table, findings, outcome_table, pairs_table, pretrained_table,
     search_table)
 
 HERE = Path(__file__).parent
 BEGIN, END = "<!-- results: made by results/make_tables.py -->", "<!-- end of results -->"
-MAIN = ("1", "2", "references", "controls")
-WORDS = ("What these records say, in points with 95 % intervals. *Clearly*: the interval leaves out zero, and still does when all these "
-         "comparisons are taken together (Holm); *by itself*: it leaves out zero, but not among all, so read it as open.")
+CLEARLY = ("What these records say, in points with 95 % intervals. *Clearly*: the interval leaves out zero, and still does when all these "
+           "comparisons are taken together (Holm); *by itself*: it leaves out zero, but not among all, so read it as open.")
 
 
 def records() -> list:
@@ -39,7 +38,7 @@ def tables() -> str:
     runs = records()
     main, first = ablation(runs, "streets", MAIN, STEPS).methods, row_records(runs, Row("source_only"), PAIRS["streets"])
     return "\n\n".join([f"**{PAIRS['streets'].source} to {PAIRS['streets'].target}**, {about(first)}:", main.markdown(),
-                        WORDS, findings(runs)])
+                        CLEARLY, findings(runs)])
 
 
 def all_tables() -> str:
