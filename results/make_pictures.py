@@ -8,8 +8,8 @@ from pathlib import Path
 
 from make_tables import HERE, records
 
-from mlan.diagnosis import without_photographs
-from mlan.experiments import PAIRS, Row, experiment_key, row_records
+from mlan.study.diagnosis import without_photographs
+from mlan.study.experiments import PAIRS, Row, experiment_key, row_records
 from mlan.train import load_pictures, save_pictures
 
 METHODS = ("source_only", "rl_al", "il_al", "cr_al", "mlan")

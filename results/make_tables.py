@@ -7,10 +7,10 @@ import json
 import sys
 from pathlib import Path
 
-from mlan.comparison import Table, ablation_figure
-from mlan.experiments import CONTROL_STEPS, PAIRS, Row, read_records, row_records, row_scores
-from mlan.paper_tables import PAPER_MIOU, STEPS
-from mlan.results import (
+from mlan.study.comparison import Table, ablation_figure
+from mlan.study.experiments import CONTROL_STEPS, PAIRS, Row, read_records, row_records, row_scores
+from mlan.study.paper_tables import PAPER_MIOU, STEPS
+from mlan.study.results import (
     MAIN, ablation, condition_table, coverage_table, data_set_table, fair_table, findings, outcome_table, pairs_table, pretrained_table,
     search_table)
 

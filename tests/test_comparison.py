@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from mlan.comparison import (Difference, Table, ablation_figure, ablation_table, class_table, holm, paired_difference, parameter_figure,
-                             rank_agreement, rank_agreement_interval, scores_of, spread_of_curve, summary, verdict)
+from mlan.study.comparison import (
+    Difference, Table, ablation_figure, ablation_table, class_table, holm, paired_difference, parameter_figure, rank_agreement,
+    rank_agreement_interval, scores_of, spread_of_curve, summary, verdict)
 
 PAPER = {"source_only": 36.6, "rll": 39.3, "rl_al": 43.7, "cr_al": 49.1}
 SCORES = {"source_only": {(0, 0): 36., (0, 1): 38., (0, 2): 34.}, "rll": {(0, 0): 37., (0, 1): 39.5, (0, 2): 35.},

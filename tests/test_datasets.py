@@ -10,8 +10,8 @@ from trees import pairs_of, png_chunk, write_tree
 
 from mlan import datasets
 from mlan.datasets import PairedFolder, Streets, folder, open_dataset
-from mlan.label_spaces import CAMVID, CITYSCAPES, DataError, read_image, read_labels
-from mlan.streets import IGNORE, draw_street
+from mlan.label_spaces import CAMVID, CITYSCAPES, IGNORE, DataError, read_image, read_labels
+from mlan.streets import draw_street
 
 SPLITS = ("train", "val", "test")
 

@@ -13,7 +13,7 @@ from sklearn.metrics import precision_score
 
 from mlan.consistency_map import ConsistencyMaps
 from mlan.datasets import Streets
-from mlan.diagnosis import (Examination, add_photographs, critic_curve, diagnose, error_curve, examine, figure_4,
+from mlan.study.diagnosis import (Examination, add_photographs, critic_curve, diagnose, error_curve, examine, figure_4,
                             label_quality, map_figure, map_report, prediction_measures, pseudo_label_figure, pseudo_label_rows,
                             error_agreement, region_index, region_mean, region_measures, relation_shares, without_photographs)
 from mlan.pairs import open_pair

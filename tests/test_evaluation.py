@@ -92,7 +92,7 @@ def test_ids_that_do_not_fit(prediction, labels, message):
 
 
 def test_synthia_13():
-    from mlan.streets import CITYSCAPES_CLASSES
+    from mlan.label_spaces import CITYSCAPES_CLASSES
     sixteen = [c for c in CITYSCAPES_CLASSES if c not in ("terrain", "truck", "train")]
     assert [c for c in sixteen if c not in ("wall", "fence", "pole")] == list(SYNTHIA_13)
     matrix = torch.randint(1, 50, (16, 16))

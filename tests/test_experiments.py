@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from mlan.command_line import main
-from mlan.experiments import (
+from mlan.study.experiments import (
     BENCHMARK, FACTORS, PAIRS, TABLES, Row, expected_seconds, experiment_key, experiment_title, missing, of_profile, planned, read_records,
     row_records, row_scores, row_settings, run_missing, trials)
 from mlan.settings import MAP_WEIGHTS, PLANS, PROFILES, Settings, make_settings
@@ -230,7 +230,7 @@ def test_a_data_set_that_lacks_is_named_before_the_first_run(tmp_path, monkeypat
 
 
 def test_several_processes_do_not_share_an_experiment(tmp_path, monkeypatch):
-    monkeypatch.setattr("mlan.experiments.processes", lambda: type("Team", (), {"num_processes": 2}))
+    monkeypatch.setattr("mlan.study.experiments.processes", lambda: type("Team", (), {"num_processes": 2}))
     with pytest.raises(ValueError, match="an experiment is one process"):
         run_missing(plan(), tmp_path / "r.jsonl", tmp_path, progress=False)
 

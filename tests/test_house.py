@@ -15,8 +15,9 @@ from IPython.core.inputtransformer2 import TransformerManager
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
 NUMBERED = [p for p in NOTEBOOKS if re.fullmatch(r"\d\d_[a-z_]+", p.stem)]
-MODULES = sorted(p for p in (ROOT / "mlan").glob("*.py") if p.stem not in ("__init__", "_modidx"))
-NUMBER = {p.stem[3:]: int(p.stem[:2]) for p in NUMBERED}  # module -> number of its notebook
+MODULES = sorted(p for p in (ROOT / "mlan").rglob("*.py") if p.stem not in ("__init__", "_modidx"))
+NUMBER = {p.stem[3:]: int(p.stem[:2]) for p in NUMBERED}  # module, without its package -> number of its notebook
+PACKAGES = ("", "study.")  # a notebook exports to mlan.MODULE, or to mlan.study.MODULE
 each_notebook = pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem)
 each_module = pytest.mark.parametrize("module", MODULES, ids=lambda p: p.stem)
 
@@ -34,16 +35,14 @@ def directives(notebook: Path, name: str) -> list[str]:
 
 
 def imported_modules(source: str) -> set[str]:
-    "Modules of mlan that a cell imports."
+    "Modules of mlan that a cell imports, without their package."
     found = set()
     for node in ast.walk(ast.parse(TransformerManager().transform_cell(source))):
         if isinstance(node, ast.Import):
-            found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("mlan.")}
-        elif isinstance(node, ast.ImportFrom):
-            path = ["mlan" if node.level else "", *(node.module or "").split(".")]
-            path = [part for part in path if part]
-            if path[:1] == ["mlan"]:
-                found |= {path[1]} if path[1:] else {a.name for a in node.names}
+            found |= {a.name.split(".")[-1] for a in node.names if a.name.startswith("mlan.")}
+        elif isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").split(".")[0] == "mlan"):
+            package = (node.module or "mlan") in ("mlan", "mlan.study")
+            found |= {a.name for a in node.names} if package else {node.module.split(".")[-1]}
     return found - {"__version__"}
 
 
@@ -93,8 +92,8 @@ def test_one_notebook_one_module(notebook):
     assert notebook in NUMBERED or notebook == ROOT / "nbs/index.ipynb", f"{name}: name it NN_module.ipynb, in nbs/"
     modules = directives(notebook, "default_exp")
     exports = notebook in NUMBERED and (modules or directives(notebook, "exporti?"))
-    expected = [notebook.stem[3:]] if exports else []
-    assert modules == expected, f"{name} has default_exp {modules}, expected {expected}"
+    expected = [[package + notebook.stem[3:]] for package in PACKAGES] if exports else [[]]
+    assert modules in expected, f"{name} has default_exp {modules}, expected {expected[0]}"
 
 
 def test_numbers_are_unique():
@@ -105,7 +104,8 @@ def test_numbers_are_unique():
 def test_every_module_has_its_notebook():
     exported = {module for notebook in NOTEBOOKS for module in directives(notebook, "default_exp")}
     mend = "run nbdev_export, and delete the module whose notebook is gone"
-    assert {p.stem for p in MODULES} == exported, f"mlan/*.py and the notebooks' default_exp differ: {mend}"
+    there = {".".join(p.relative_to(ROOT / "mlan").with_suffix("").parts) for p in MODULES}
+    assert there == exported, f"the modules of mlan and the notebooks' default_exp differ: {mend}"
 
 
 @pytest.mark.parametrize("notebook", NUMBERED, ids=lambda p: p.stem)
@@ -127,7 +127,7 @@ def test_notebooks_are_clean(tmp_path):
 def test_package_is_in_step_with_notebooks(tmp_path):
     folder = copy_of_the_house(tmp_path)
     nbdev("nbdev_export", folder)
-    names = {p.name for place in (ROOT, folder) for p in (place / "mlan").glob("*.py")}
+    names = {str(p.relative_to(place / "mlan")) for place in (ROOT, folder) for p in (place / "mlan").rglob("*.py")}
     there = {place: {n: (place / "mlan" / n).read_bytes() for n in names if (place / "mlan" / n).exists()}
              for place in (ROOT, folder)}
     differing = sorted(n for n in names if there[ROOT].get(n) != there[folder].get(n))

@@ -15,7 +15,7 @@ from mlan.label_spaces import (
     merged_groups,
     shared_classes,
 )
-from mlan.streets import CITYSCAPES_CLASSES, CITYSCAPES_COLORS, IGNORE
+from mlan.label_spaces import CITYSCAPES_CLASSES, CITYSCAPES_COLORS, IGNORE
 
 SPACES = (CITYSCAPES, SYNTHIA16, CAMVID, AIRSIM_NH)
 

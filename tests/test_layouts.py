@@ -19,17 +19,9 @@ from trees import (
 
 from mlan.datasets import MissingSplit, cityscapes, gta5, open_dataset, synthia
 from mlan.label_spaces import (
-    CITYSCAPES,
-    CITYSCAPES_IDS,
-    SYNTHIA,
-    DataError,
-    image_size,
-    label_table,
-    read_first_channel,
-    shared_classes,
-)
+    CITYSCAPES, CITYSCAPES_CLASSES, CITYSCAPES_IDS, IGNORE, SYNTHIA, DataError, image_size, label_table, read_first_channel,
+    shared_classes)
 from mlan.samples import Samples, check_dataset
-from mlan.streets import CITYSCAPES_CLASSES, IGNORE
 
 CITIES = {"train/aachen": 3, "train/hanover": 1, "train/jena": 2, "train/ulm": 2, "train/zurich": 1, "val/lindau": 2, "val/munster": 1}
 

@@ -6,7 +6,7 @@ import pytest
 
 from mlan import paper_tables
 from mlan.label_spaces import DataError
-from mlan.paper_tables import (
+from mlan.study.paper_tables import (
     FIGURE_5, FIGURE_6, PAPER_BACKBONES, PAPER_MIOU, STEPS, TABLE_1, TABLE_2, TABLE_3, TABLE_4, ComparisonTable,
     audit_means, audit_text, claims_table, gain, lead, parse_ablations, parse_rows, recomputed_mean)
 from mlan.settings import PLANS

@@ -19,7 +19,8 @@ from sklearn.metrics import pairwise_distances
 from mlan.region_labels import (DESCRIPTORS, RegionLabeller, RegionSettings, Vocabulary, assign, class_histogram, describe_patches,
                                 fit_vocabularies, label_dataset, load_regions, patch_hog, region_grid, sample_patches, save_regions,
                                 stretch)
-from mlan.streets import CITYSCAPES_COLORS, IGNORE, draw_street
+from mlan.label_spaces import CITYSCAPES_COLORS, IGNORE
+from mlan.streets import draw_street
 
 SETTINGS = RegionSettings(patches=(8, 16, 32), min_samples=3, sample=400)
 

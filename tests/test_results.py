@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from mlan.experiments import (
+from mlan.study.experiments import (
     BENCHMARK, CONTROL_STEPS, FACTORS, PAIRS, TABLES, Row, experiment_key, measure, read_records, row_settings, trials)
-from mlan.paper_tables import PAPER_MIOU, STEPS, gain
-from mlan.results import (
+from mlan.study.paper_tables import PAPER_MIOU, STEPS, gain
+from mlan.study.results import (
     WORDS, ablation, agreement_table, answers, condition_table, coverage_table, data_set_table, fair_table, findings, gap_table,
     order_table, outcome_table, pairs_table, pretrained_table, repeat_differences, repeat_table, search_table, tally,
     weight_curves)
@@ -91,7 +91,7 @@ EVERY = (outcome_table, coverage_table, data_set_table, order_table, pairs_table
 def broken(tmp_path_factory):
     "What `measure` writes of a training that breaks."
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mlan.experiments.run_mlan", lambda **_: (_ for _ in ()).throw(TrainingError("the loss is not finite")))
+        patch.setattr("mlan.study.experiments.run_mlan", lambda **_: (_ for _ in ()).throw(TrainingError("the loss is not finite")))
         return measure(row_settings(Row("rll"), PAIRS["streets"], seed=1), tmp_path_factory.mktemp("broken"))
 
 

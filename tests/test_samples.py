@@ -18,9 +18,8 @@ from trees import pairs_of, write_cityscapes, write_gta5, write_tree
 
 from mlan import datasets, samples
 from mlan.datasets import PairedFolder, Prepared, Streets, open_dataset
-from mlan.label_spaces import AIRSIM_NH, CAMVID, CITYSCAPES, DataError, shared_classes
+from mlan.label_spaces import AIRSIM_NH, CAMVID, CITYSCAPES, IGNORE, DataError, shared_classes
 from mlan.samples import Loader, Samples, Stream, check_dataset, prepare
-from mlan.streets import IGNORE
 
 SPLITS = ("train", "val", "test")
 ROOT = Path(__file__).parent.parent

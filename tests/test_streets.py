@@ -4,7 +4,8 @@ import hashlib
 import numpy as np
 import pytest
 
-from mlan.streets import CITYSCAPES_CLASSES, CITYSCAPES_COLORS, DOMAINS, SPLITS, draw_street
+from mlan.label_spaces import CITYSCAPES_CLASSES, CITYSCAPES_COLORS
+from mlan.streets import DOMAINS, SPLITS, draw_street
 
 # of the image and of the labels, by domain/split/index/size
 SUMS = {'camera/test/2/96x160': ['2b6ec39e139724879b7e7337f5ecc921a9e032c545b9c803a22fdc75ffc7074d',

@@ -6,8 +6,7 @@ import numpy as np
 from PIL import Image
 
 from mlan.datasets import PairedFolder
-from mlan.label_spaces import CITYSCAPES, CITYSCAPES_IDS, SYNTHIA, label_table
-from mlan.streets import CITYSCAPES_CLASSES, IGNORE
+from mlan.label_spaces import CITYSCAPES, CITYSCAPES_CLASSES, CITYSCAPES_IDS, IGNORE, SYNTHIA, label_table
 
 
 def write_tree(root, n, labelled=True, suffix=".png", size=(12, 20)):
