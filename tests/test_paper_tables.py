@@ -4,7 +4,7 @@ from fractions import Fraction
 
 import pytest
 
-from mlan import paper_tables
+from mlan.study import paper_tables
 from mlan.label_spaces import DataError
 from mlan.study.paper_tables import (
     FIGURE_5, FIGURE_6, PAPER_BACKBONES, PAPER_MIOU, STEPS, TABLE_1, TABLE_2, TABLE_3, TABLE_4, ComparisonTable,

@@ -426,6 +426,7 @@ def test_pinned_where_there_is_a_gpu(tmp_path, workers):
 
 def test_the_benchmark_runs(tmp_path, monkeypatch, capsys):
     small = "--frames 2 --frame-size 128 256 --size 48 96 --workers 0 1 --seconds 0.05 --out".split()
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     monkeypatch.setattr(sys, "argv", ["decode.py", *small, str(tmp_path / "record.jsonl")])
     runpy.run_path(str(ROOT / "benchmarks" / "decode.py"), run_name="__main__")
     record = json.loads((tmp_path / "record.jsonl").read_text())
