@@ -4,14 +4,11 @@
 
 # %% auto #0
 __all__ = ['IMAGES', 'HELD_OUT', 'LAYOUTS', 'Streets', 'Format', 'PairedFolder', 'MissingSplit', 'camvid', 'airsim_nh', 'gta5',
-           'synthia', 'cityscapes', 'folder', 'write_whole', 'Prepared', 'prepared', 'open_dataset', 'full_name',
-           'given_dataset']
+           'synthia', 'cityscapes', 'folder', 'Prepared', 'prepared', 'open_dataset', 'full_name', 'given_dataset']
 
 # %% ../nbs/05_datasets.ipynb #3c0ce199
-import hashlib
 import json
 import os
-import socket
 from collections.abc import Callable, Iterable
 from copy import copy
 from dataclasses import dataclass
@@ -24,6 +21,7 @@ from PIL import Image
 from scipy.io import loadmat
 from tqdm import tqdm
 
+from .files import digest
 from .label_spaces import (AIRSIM_NH, CAMVID, CITYSCAPES, CITYSCAPES_IDS, SYNTHIA, SYNTHIA16, DataError, LabelSpace,
                                image_size, read_first_channel, read_image, read_labels, require)
 from .streets import DOMAINS, SPLITS, draw_street
@@ -54,11 +52,6 @@ def _drawn(ds: "Streets", i: int) -> tuple[np.ndarray, np.ndarray]:
         _keep(scene, draw_street(*scene))
     return _SCENES[scene]
 
-# %% ../nbs/05_datasets.ipynb #fb4618fb
-def _digest(*parts: object) -> str:
-    "12 hexadecimal digits that change when any part does."
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
-
 # %% ../nbs/05_datasets.ipynb #e4495464
 @dataclass
 class Streets:
@@ -83,7 +76,7 @@ class Streets:
     def name(self, i: int) -> str: return f"{self.domain}_{self.split}_{self.seed}_{i:05d}"
     def image(self, i: int) -> np.ndarray: return _drawn(self, i)[0].copy()  # (H, W, 3) uint8
     def labels(self, i: int) -> np.ndarray: return _drawn(self, i)[1].copy()  # (H, W) uint8, train ids
-    def fingerprint(self) -> str: return _digest(self, *(array.tobytes() for array in _drawn(self, 0)))
+    def fingerprint(self) -> str: return digest(repr((self, *(array.tobytes() for array in _drawn(self, 0)))))
 
     def draw(self, workers: int = 1, progress: bool = False) -> None:
         "Draw all that is not yet in memory, in several processes, as drawing is Python all the way down."
@@ -153,10 +146,11 @@ def _notes(images: dict, labels: dict | None, others: list[str], form: Format) -
     return notes + ([f"{len(images):,} of {form.whole:,}: a part of the official set."] if part else [])
 
 # %% ../nbs/05_datasets.ipynb #9c3b11b4
-def _traces(files: list[Path], few: int = 8) -> list[tuple[str, int]]:
+def _traces(ds: "PairedFolder", few: int = 8) -> list[tuple[str, int, str]]:
     "Name and size of every file, and the digest of the bytes of a few, evenly spaced."
+    files = [file for stem in ds.stems for file in ds._pairs[stem]]
     picked = {files[i * len(files) // few] for i in range(few)} if files else set()
-    return [(f.name, f.stat().st_size, _digest(f.read_bytes()) if f in picked else "") for f in files]
+    return [(f.name, f.stat().st_size, digest(repr((f.read_bytes(),))) if f in picked else "") for f in files]
 
 # %% ../nbs/05_datasets.ipynb #adf3b9ec
 class PairedFolder:
@@ -183,7 +177,7 @@ class PairedFolder:
     def image(self, i: int) -> np.ndarray: return read_image(self._files(i)[0])  # (H, W, 3) uint8
     def labels(self, i: int) -> np.ndarray: return _labels(self, i)  # (H, W) uint8 raw ids
     def sizes(self, i: int) -> list[tuple[int, int]]: return [image_size(file) for file in self._files(i)]  # (H, W) of each file
-    def fingerprint(self) -> str: return _digest(self.space.name, self.space.ids, _traces([f for s in self.stems for f in self._pairs[s]]))
+    def fingerprint(self) -> str: return digest(repr((self.space.name, self.space.ids, _traces(self))))
 
     def take(self, stems: list[str]) -> "PairedFolder":
         "The same folders with these pairs only, in this order."
@@ -313,13 +307,6 @@ def _block(stems: list[str], split: str, missing: list[str], base: Path) -> list
     start = 0 if split == "train" else first + part * missing.index(split)
     return stems[start : first if split == "train" else start + part]
 
-# %% ../nbs/05_datasets.ipynb #4ca717a6
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    "Let `write` make a file under another name and then rename it: it is there whole or not at all, whoever else writes it."
-    part = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.part")
-    write(part)
-    part.replace(path)
-
 # %% ../nbs/05_datasets.ipynb #beb25e62
 class Prepared:
     "A split that was resized once: arrays images (n, H, W, 3) and labels (n, H, W) in files, with the original's raw ids."
@@ -338,7 +325,7 @@ class Prepared:
     def name(self, i: int) -> str: return self.names[self.stems[i]]
     def image(self, i: int) -> np.ndarray: return self._row("images", i)  # (H, W, 3) uint8
     def sizes(self, i: int) -> list[tuple[int, int]]: return [self.size] * (1 + self.labelled)
-    def fingerprint(self) -> str: return _digest(self.original, self.size, self.stems)
+    def fingerprint(self) -> str: return digest(repr((self.original, self.size, self.stems)))
 
     def labels(self, i: int) -> np.ndarray:  # (H, W) uint8 raw ids
         require(self.labelled, f"{self.folder} was prepared from a data set without labels: give one with labels to train or score.")

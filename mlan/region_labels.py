@@ -23,7 +23,7 @@ from joblib import Parallel, delayed, effective_n_jobs
 from scipy.spatial import KDTree
 from sklearn.cluster import DBSCAN
 
-from .datasets import write_whole
+from .files import write_whole
 from .label_spaces import CITYSCAPES_CLASSES, CITYSCAPES_COLORS, IGNORE
 
 # %% ../nbs/10_region_labels.ipynb #58bfbb85

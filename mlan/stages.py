@@ -8,13 +8,11 @@ __all__ = ['Run', 'source_commit', 'stage_outcome', 'keep_log', 'Share', 'source
            'translate', 'self_train', 'adapt_norms', 'carry_on', 'walk']
 
 # %% ../nbs/26_stages.ipynb #72c79eea
+import json
 import math
 import shutil
 import subprocess
-import sys
 import time
-import warnings
-from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
@@ -23,21 +21,20 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate.utils import broadcast, reduce
-from filelock import FileLock, Timeout
 
 from .co_regularized_al import ABLATIONS, AlignmentSettings, CoRegularizedAL, turned
 from .consistency_map import ConsistencyMaps, dataset_maps, normalise_maps
-from .datasets import write_whole
 from .evaluation import Scores, evaluate
+from .files import (digest, load_whole, locked, open_at, read_rows, require_room, save_whole, set_aside_if_torn,
+                        write_whole)
 from .image_al import re_estimate_norms
 from .networks import Segmenter, build_extractor, weights_digest
-from .pairs import PairData, agreed, digest
+from .pairs import PairData, agreed
 from .region_labels import RegionLabeller, RegionSettings, fit_vocabularies, label_dataset, load_regions, region_grid, save_regions
-from .samples import Loader, Samples, Stream, open_at, require_room
+from .samples import Loader, Samples, Stream
 from .self_training import label_target
 from .settings import PLANS, Settings
-from .trainer import (SegmentationStep, TrainingError, TranslationStep, drop_checkpoints, is_whole, load_whole, processes, read_log,
-                          save_atomically, train_loop, usable_device)
+from .trainer import SegmentationStep, TrainingError, TranslationStep, drop_checkpoints, processes, train_loop, usable_device
 from .translation import TranslationPair, TranslationSettings, swap_low_frequencies
 
 # %% ../nbs/26_stages.ipynb #d9bb1618
@@ -73,12 +70,13 @@ class Run:
         settings = {n: getattr(self.s, n) for n in names}
         if (n := self.team.num_processes) > 1:      # they share a batch, so that their number counts like a setting
             settings["processes"] = n
-        return self.stages / f"{stage}-{digest(stage, self.data.shared.members, *uses, settings)}"
+        made_of = json.dumps([stage, self.data.shared.members, *uses, settings], sort_keys=True, default=str)
+        return self.stages / f"{stage}-{digest(made_of)}"
 
     def save(self, value, path: Path):
         "A file that is there whole or not at all, from the main process."
         if self.main:
-            save_atomically(value, path)
+            save_whole(value, path)
 
 # %% ../nbs/26_stages.ipynb #6ac5fd96
 @lru_cache(1)
@@ -99,8 +97,8 @@ def stage_outcome(run: Run, stage: str, path: Path, make,
          ) -> Path:
     "Make a stage's outcome unless it is there, and note how long the attempt took that finished it, and by which commit."
     noted = Path(f"{path}.seconds")
-    with _stage_lock(path, run.main):
-        if not agreed(run.main and path.exists() and _set_aside_if_torn(path)):
+    with locked(path, run.main):
+        if not agreed(run.main and path.exists() and set_aside_if_torn(path)):
             began = time.time()
             if run.main or not alone:
                 make()
@@ -122,38 +120,9 @@ def _noted(path: Path) -> tuple:  # seconds and commit; None where they are not 
 
 def keep_log(run: Run, stage: str, prefix: Path):
     "Collect the log of a finished stage and drop its checkpoints."
-    run.logs += [{**row, "stage": stage} for row in read_log(Path(f"{prefix}.jsonl"))]
+    run.logs += [{**row, "stage": stage} for row in read_rows(Path(f"{prefix}.jsonl"))]
     if run.main:
         drop_checkpoints(prefix)
-
-# %% ../nbs/26_stages.ipynb #a572b878
-@contextmanager
-def _stage_lock(path: Path, main: bool):
-    "The lock on an outcome, held by the main process; parts that a killed run left are swept up."
-    if not main:
-        yield
-        return
-    lock = FileLock(f"{path}.lock")
-    try:
-        lock.acquire(timeout=1)
-    except Timeout:
-        print(f"waiting for another run that makes {path}", file=sys.stderr)
-        lock.acquire()
-    try:
-        for part in path.parent.glob(f"{path.stem}.*part"):
-            part.unlink()
-        yield
-    finally:
-        lock.release()
-
-
-def _set_aside_if_torn(path: Path) -> bool:  # is it whole?
-    "Rename an outcome in which a byte has changed, and say so: the stage is then made again."
-    if not is_whole(path):
-        warnings.warn(f"{path} is torn; it is kept as {path.name}.torn, and the stage is made again", stacklevel=2)
-        path.replace(f"{path}.torn")
-        return False
-    return True
 
 # %% ../nbs/26_stages.ipynb #1c83b75a
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from .consistency_map import dataset_maps
-from .datasets import write_whole
+from .files import TornFile, load_whole, read_rows, save_whole, write_whole
 from .evaluation import SYNTHIA_13, mean_iou, network_input, predict_labels
 from .label_spaces import SharedClasses
 from .networks import Segmenter, build_extractor
@@ -30,7 +30,7 @@ from .region_labels import region_grid
 from .report import PictureRow, method_title, write_report
 from .settings import RUNTIME_SETTINGS, Settings, make_settings
 from .stages import Run, score, source_commit, walk
-from .trainer import TornFile, load_whole, read_log, save_atomically, usable_device
+from .trainer import usable_device
 
 # %% ../nbs/50_train.ipynb #9e9e170c
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def save_segmenter(net: Segmenter, path: Path, settings: Settings, shared: Share
     about = {"classes": list(shared.classes), "members": [list(m) for m in shared.members],
              "colors": torch.from_numpy(np.array(shared.colors)), "size": list(settings.target_size)}
     kind = {"backbone": settings.backbone, "style": net.extractor.style}
-    save_atomically({"segmenter": net.state_dict(), **kind, **about}, path)
+    save_whole({"segmenter": net.state_dict(), **kind, **about}, path)
 
 
 def load_segmenter(path: str | Path,  # a run's checkpoint.pt
@@ -253,7 +253,7 @@ def report_runs(folders: list,  # of runs on one source and target, in the order
         raise ValueError(f"two runs of one method: {', '.join(map(str, folders))}; report one seed at a time")
     rows = load_pictures(*(f / "pictures.npz" for f in folders))
     names, first = [r["method"] for r in records], records[0]
-    curves = {n: _one_axis(read_log(f / "log.jsonl")) for n, f in zip(names, folders)}
+    curves = {n: _one_axis(read_rows(f / "log.jsonl")) for n, f in zip(names, folders)}
     settings = {k: v for k, v in first["settings"].items() if all(r["settings"][k] == v for r in records)}
     scores = {n: r for n, r in zip(names, records) if r["miou"] is not None}
     title = f"{', '.join(map(method_title, names))}: {first['source']} to {first['target']}"

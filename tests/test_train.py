@@ -13,13 +13,14 @@ from PIL import Image
 
 from mlan.co_regularized_al import map_weight, turned
 from mlan.command_line import main
+from mlan.files import is_whole
 from mlan.label_spaces import DataError
 from mlan.networks import weights_digest
 from mlan.pairs import PairData, open_pair
 from mlan.stages import Run, walk
 from mlan.train import load_pictures, load_segmenter, report_runs, run_mlan
 from mlan.settings import PLANS, make_settings
-from mlan.trainer import TrainingError, _keep, _restored, is_whole
+from mlan.trainer import TrainingError, _keep, _restored
 
 FEW = dict(size=(32, 64), target_size=(32, 64), n_source=40, n_target=16, n_val=4, n_test=4, min_samples=3, warmup_steps=6, steps=6,
            schedule_steps=6, ramp_steps=2, critic_width=4, batch_size=3, translation_steps=3, translation_width=4, translation_batch=2,
@@ -191,7 +192,7 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_a_good_one(tmp_path, monkey
     def dies(value, path):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(mlan.trainer, "save_atomically", dies)
+    monkeypatch.setattr(mlan.trainer, "save_whole", dies)
     with pytest.raises(KeyboardInterrupt):
         _keep({"net": net}, 15, file)
     assert _restored({"net": net}, file.with_suffix(".before.pt")) == 5

@@ -23,10 +23,10 @@ from tqdm import tqdm
 
 from ..co_regularized_al import MAP_WEIGHTS
 from .comparison import scores_of
-from ..datasets import write_whole
+from ..files import digest, write_whole
 from .diagnosis import diagnose
 from ..evaluation import percent
-from ..pairs import digest, open_datasets, open_pair
+from ..pairs import open_datasets, open_pair
 from ..report import method_title
 from ..settings import PLANS, PROFILES, RUNTIME_SETTINGS, Settings, make_settings
 from ..stages import Run, walk
@@ -162,7 +162,8 @@ def experiment_key(settings: Settings | dict,  # or those of a record
     values = {**_DEFAULTS, **PROFILES.get(values["profile"], {}), **values}
     style, colon, file = values["weights"].rpartition(":")   # a file has the same name in every folder
     left = RUNTIME_SETTINGS + (() if seeds else _SEEDS)
-    return digest(BENCHMARK, {**{k: v for k, v in values.items() if k not in left}, "weights": style + colon + Path(file).name})
+    kept = {**{k: v for k, v in values.items() if k not in left}, "weights": style + colon + Path(file).name}
+    return digest(json.dumps([BENCHMARK, kept], sort_keys=True, default=str))
 
 
 def experiment_title(settings: Settings) -> str:
