@@ -17,9 +17,11 @@ import numpy as np
 from PIL import Image
 from records import append_records
 
-from mlan.datasets import Streets, gta5, open_dataset
+from mlan.checks import check_dataset
 from mlan.label_spaces import CITYSCAPES_IDS
-from mlan.samples import Loader, Samples, Stream, check_dataset, prepare
+from mlan.layouts import gta5, open_dataset
+from mlan.samples import Loader, Samples, Stream, prepare
+from mlan.streets import Streets
 
 
 def write_frames(root: Path, n: int, size: tuple[int, int]) -> float:

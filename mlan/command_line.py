@@ -19,13 +19,15 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from .datasets import MissingSplit, PairedFolder, open_dataset
+from .checks import check_dataset
 from .dry_run import dry_run
 from .evaluation import evaluate, network_input, predict_labels
 from .study.experiments import PAIRS, TABLES, expected_seconds, experiment_title, missing, planned, read_records, run_missing
+from .folders import PairedFolder
 from .label_spaces import CITYSCAPES, label_table
+from .layouts import MissingSplit, open_dataset
 from .report import colorize, comparison_table, method_title
-from .samples import check_dataset, prepare
+from .samples import prepare
 from .settings import CHOICES, PLANS, PROFILES, QUICK, Settings
 from .train import device_name, load_segmenter, report_runs, run_mlan
 from .trainer import TrainingError, processes, usable_device

@@ -23,11 +23,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .co_regularized_al import ABLATIONS, CoRegularizedAL
+from .checks import check_dataset
 from .label_spaces import shared_classes
 from .networks import Segmenter, build_extractor, forget_matrices
 from .pairs import dataset_name, open_datasets
 from .region_labels import describe_patches, region_grid
-from .samples import Samples, check_dataset
+from .samples import Samples
 from .settings import PLANS, Settings, make_settings
 from .stages import alignment_settings
 from .trainer import SegmentationStep, TranslationStep, usable_device

@@ -5,15 +5,12 @@
 # %% auto #0
 __all__ = ['CITYSCAPES_CLASSES', 'CITYSCAPES_COLORS', 'IGNORE', 'CITYSCAPES', 'SYNTHIA16', 'AIRSIM_NH', 'CAMVID',
            'CITYSCAPES_IDS', 'SYNTHIA', 'DataError', 'require', 'LabelSpace', 'cityscapes_subset', 'merged_groups',
-           'SharedClasses', 'label_table', 'shared_classes', 'read_image', 'read_labels', 'read_first_channel',
-           'image_size']
+           'SharedClasses', 'label_table', 'shared_classes']
 
 # %% ../nbs/00_label_spaces.ipynb #9441fe6c
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
 
 # %% ../nbs/00_label_spaces.ipynb #2942128c
 CITYSCAPES_CLASSES = (
@@ -148,63 +145,3 @@ def shared_classes(
     names = tuple(group[0] for group in groups)
     colors = np.array([CITYSCAPES_COLORS[CITYSCAPES_CLASSES.index(name)] for name in names], np.uint8)
     return SharedClasses(names, groups, colors, label_table(source, groups), label_table(target, groups))
-
-# %% ../nbs/00_label_spaces.ipynb #2d7d7242
-def _read(path: Path, decode: callable) -> np.ndarray:
-    "What `decode` makes of the opened file; whatever a broken file makes Pillow raise becomes one sentence."
-    try:
-        with Image.open(path) as file:
-            return decode(file)
-    except DataError:
-        raise
-    except Exception as error:
-        raise DataError(f"Cannot read {path} ({error}): replace this file, or remove it and its pair.") from error
-
-# %% ../nbs/00_label_spaces.ipynb #0d07626e
-def read_image(
-    path: Path,  # of any format that Pillow reads, colour or grey, turned as its EXIF entry says
-) -> np.ndarray:  # (H, W, 3) uint8
-    "The image in RGB."
-    def decode(file):
-        require(file.mode[0] not in "IF", f"{path} has more than 8 bits a channel (mode {file.mode}): save it with 8.")
-        return np.array(ImageOps.exif_transpose(file).convert("RGB"))
-    return _read(path, decode)
-
-# %% ../nbs/00_label_spaces.ipynb #5e62eb36
-def read_labels(
-    path: Path,  # a PNG file with one channel: grey with 1 to 16 bits, or with a palette
-) -> np.ndarray:  # (H, W) uint8 raw ids
-    "The ids as stored: a palette's colours play no part."
-    def decode(file):
-        single = file.mode in ("1", "L", "P") or file.mode[0] == "I"
-        require(single, f"{path} holds colours (mode {file.mode}), not class ids: save one channel of ids.")
-        stretch = {"L;2": 85, "L;4": 17}.get(file.tile[0][3], 1)  # Pillow spreads 2 or 4 bits over 0 to 255
-        ids = np.array(file).astype(np.int64) // stretch
-        require(0 <= ids.min() and ids.max() < 256, f"{path} holds label {ids.max()}: map labels to ids below 256.")
-        return ids.astype(np.uint8)
-    return _read(path, decode)
-
-# %% ../nbs/00_label_spaces.ipynb #ebdda622
-def read_first_channel(
-    path: Path,  # a PNG file of RGB with 16 bits a channel, as SYNTHIA's labels are
-) -> np.ndarray:  # (H, W) uint8 raw ids
-    "The ids in the first channel; those of objects, in the second, play no part."
-    def bytes_of(file, order):
-        deep = len(file.tile) == 1 and file.tile[0][3] == "RGB;16B"
-        require(deep, f"{path} is not RGB of 16 bits a channel (mode {file.mode}): take SYNTHIA's GT/LABELS, as published.")
-        file.tile = [(*file.tile[0][:3], order)]
-        return np.array(file)[..., 0]
-    upper, lower = (_read(path, lambda file, order=order: bytes_of(file, order)) for order in ("RGB;16B", "RGB;16L"))
-    require(not upper.any(), f"{path} holds a label of {int(upper.max()) * 256} or more: map labels to ids below 256.")
-    return lower
-
-# %% ../nbs/00_label_spaces.ipynb #c90501d3
-def image_size(
-    path: Path,
-) -> tuple[int, int]:  # (H, W), as `read_image` returns it
-    "The size of an image or of labels, without decoding it."
-    def decode(file):
-        looks_in_header = file.format != "PNG" or "exif" in file.info
-        turned = looks_in_header and file.getexif().get(0x0112, 1) >= 5
-        return file.size if turned else file.size[::-1]
-    return _read(path, decode)

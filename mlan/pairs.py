@@ -13,10 +13,11 @@ from pathlib import Path
 import numpy as np
 from accelerate.utils import broadcast_object_list
 
-from .datasets import given_dataset, open_dataset
+from .checks import check_dataset
 from .files import digest, write_whole
 from .label_spaces import DataError, SharedClasses, shared_classes
-from .samples import Samples, check_dataset
+from .layouts import given_dataset, open_dataset
+from .samples import Samples
 from .settings import Settings
 from .trainer import processes
 

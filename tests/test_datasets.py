@@ -8,10 +8,11 @@ import pytest
 from PIL import Image
 from trees import pairs_of, png_chunk, write_tree
 
-from mlan import datasets
-from mlan.datasets import PairedFolder, Streets, folder, open_dataset
-from mlan.label_spaces import CAMVID, CITYSCAPES, IGNORE, DataError, read_image, read_labels
-from mlan.streets import draw_street
+from mlan import streets
+from mlan.folders import PairedFolder, folder, read_image, read_labels
+from mlan.label_spaces import CAMVID, CITYSCAPES, IGNORE, DataError
+from mlan.layouts import open_dataset
+from mlan.streets import Streets, draw_street
 
 SPLITS = ("train", "val", "test")
 
@@ -269,9 +270,9 @@ def test_objects_pass_as_they_are():
 
 def test_a_scene_is_drawn_once_and_the_oldest_makes_room(monkeypatch):
     drawn, size = [], (32, 32)
-    monkeypatch.setattr(datasets, "_SCENES", {})
-    monkeypatch.setattr(datasets, "_ROOM", 3 * 4 * 32 * 32)
-    monkeypatch.setattr(datasets, "draw_street", lambda *scene: drawn.append(scene[1]) or draw_street(*scene))
+    monkeypatch.setattr(streets, "_SCENES", {})
+    monkeypatch.setattr(streets, "_ROOM", 3 * 4 * 32 * 32)
+    monkeypatch.setattr(streets, "draw_street", lambda *scene: drawn.append(scene[1]) or draw_street(*scene))
     ds = Streets("engine", size=size, n=5)
     for i in (0, 0, 1, 2, 0):
         ds.image(i), ds.labels(i)
@@ -284,10 +285,10 @@ def test_a_scene_is_drawn_once_and_the_oldest_makes_room(monkeypatch):
 
 
 def test_scenes_drawn_by_workers_are_those_drawn_alone(monkeypatch):
-    monkeypatch.setattr(datasets, "_SCENES", {})
+    monkeypatch.setattr(streets, "_SCENES", {})
     ds = Streets("camera", "val", size=(32, 32), n=4)
     ds.draw(workers=2)
-    assert [scene[1] for scene in datasets._SCENES] == [0, 1, 2, 3]
+    assert [scene[1] for scene in streets._SCENES] == [0, 1, 2, 3]
     for i in range(4):
         image, labels = draw_street("camera", i, (32, 32), "val")
         assert (ds.image(i) == image).all() and (ds.labels(i) == labels).all()

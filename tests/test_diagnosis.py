@@ -12,7 +12,6 @@ from scipy.stats import mannwhitneyu, rankdata
 from sklearn.metrics import precision_score
 
 from mlan.consistency_map import ConsistencyMaps
-from mlan.datasets import Streets
 from mlan.study.diagnosis import (Examination, add_photographs, critic_curve, diagnose, error_curve, examine, figure_4,
                             label_quality, map_figure, map_report, prediction_measures, pseudo_label_figure, pseudo_label_rows,
                             error_agreement, region_index, region_mean, region_measures, relation_shares, without_photographs)
@@ -22,6 +21,7 @@ from mlan.samples import Samples
 from mlan.self_training import label_target
 from mlan.settings import make_settings
 from mlan.stages import Run, in_order, walk
+from mlan.streets import Streets
 from mlan.train import load_pictures, picture_rows, save_pictures
 
 FEW = dict(size=(32, 64), target_size=(32, 64), n_source=40, n_target=16, n_val=4, n_test=12, min_samples=3, warmup_steps=20, steps=6,

@@ -17,11 +17,12 @@ from trees import (
     write_synthia,
 )
 
-from mlan.datasets import MissingSplit, cityscapes, gta5, open_dataset, synthia
+from mlan.checks import check_dataset
+from mlan.folders import image_size, read_first_channel
 from mlan.label_spaces import (
-    CITYSCAPES, CITYSCAPES_CLASSES, CITYSCAPES_IDS, IGNORE, SYNTHIA, DataError, image_size, label_table, read_first_channel,
-    shared_classes)
-from mlan.samples import Samples, check_dataset
+    CITYSCAPES, CITYSCAPES_CLASSES, CITYSCAPES_IDS, IGNORE, SYNTHIA, DataError, label_table, shared_classes)
+from mlan.layouts import MissingSplit, cityscapes, gta5, open_dataset, synthia
+from mlan.samples import Samples
 
 CITIES = {"train/aachen": 3, "train/hanover": 1, "train/jena": 2, "train/ulm": 2, "train/zurich": 1, "val/lindau": 2, "val/munster": 1}
 

@@ -12,7 +12,7 @@ import torchvision
 from torch import nn
 from torch.testing import assert_close
 
-from mlan.datasets import camvid
+from mlan.layouts import camvid
 from mlan.networks import STYLES, Normalise, ResNetExtractor, SmallExtractor, VGGExtractor, build_extractor, freeze_batch_norm
 
 BLOCKS = {"resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3)}

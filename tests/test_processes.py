@@ -11,9 +11,8 @@ import torch
 
 from mlan.co_regularized_al import ABLATIONS, AlignmentSettings, CoRegularizedAL, map_weight
 from mlan.networks import Segmenter, SmallExtractor
-from mlan.samples import Stream
+from mlan.samples import Share, Stream
 from mlan.settings import make_settings
-from mlan.stages import Share
 from mlan.train import run_mlan
 from mlan.trainer import SegmentationStep
 

@@ -16,10 +16,13 @@ from PIL import Image
 from skimage.transform import resize as skimage_resize
 from trees import pairs_of, write_cityscapes, write_gta5, write_tree
 
-from mlan import datasets, samples
-from mlan.datasets import PairedFolder, Prepared, Streets, open_dataset
+from mlan import folders, samples
+from mlan.checks import check_dataset
+from mlan.folders import PairedFolder
 from mlan.label_spaces import AIRSIM_NH, CAMVID, CITYSCAPES, IGNORE, DataError, shared_classes
-from mlan.samples import Loader, Samples, Stream, check_dataset, prepare
+from mlan.layouts import Prepared, open_dataset
+from mlan.samples import Loader, Samples, Stream, prepare
+from mlan.streets import Streets
 
 SPLITS = ("train", "val", "test")
 ROOT = Path(__file__).parent.parent
@@ -69,7 +72,7 @@ def test_check_gives_up_a_hopeless_set_early(tmp_path, monkeypatch):
     for i in range(200):
         Image.new("RGB", (20, 12)).save(tmp_path / "labels" / f"{i:03d}.png")
     read = []
-    monkeypatch.setattr(datasets, "read_image", lambda path: read.append(path) or np.zeros((12, 20, 3), np.uint8))
+    monkeypatch.setattr(folders, "read_image", lambda path: read.append(path) or np.zeros((12, 20, 3), np.uint8))
     with pytest.raises(DataError, match=r"64 of 64 pairs can't be trained on \(136 more were not read\)"):
         check_dataset(ds)
     assert len(read) == 64
@@ -77,8 +80,8 @@ def test_check_gives_up_a_hopeless_set_early(tmp_path, monkeypatch):
 
 def test_check_of_a_sample_still_sees_every_file(tmp_path, monkeypatch):
     ds, read = pairs_of(write_tree(tmp_path, 100)), []
-    real = datasets.read_image
-    monkeypatch.setattr(datasets, "read_image", lambda path: read.append(path.stem) or real(path))
+    real = folders.read_image
+    monkeypatch.setattr(folders, "read_image", lambda path: read.append(path.stem) or real(path))
     found = check_dataset(ds, decode=4)
     assert sorted(read) == ["000", "025", "050", "075"] and found["checked"] == 4 and found["sizes"] == {"12x20": 100}
     assert not found["warnings"], "a class may well be absent from four pairs"
@@ -288,7 +291,7 @@ def test_an_unlabelled_set_and_an_object_are_prepared_too(tmp_path):
 KILLED = """
 import os, signal, sys
 from mlan import samples
-from mlan.datasets import Streets
+from mlan.streets import Streets
 whole, calls = samples._sample, []
 def sample(ds, i, *rest):
     if i == 150: os.kill(os.getpid(), signal.SIGKILL)

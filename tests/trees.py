@@ -5,7 +5,7 @@ import zlib
 import numpy as np
 from PIL import Image
 
-from mlan.datasets import PairedFolder
+from mlan.folders import PairedFolder
 from mlan.label_spaces import CITYSCAPES, CITYSCAPES_CLASSES, CITYSCAPES_IDS, IGNORE, SYNTHIA, label_table
 
 
