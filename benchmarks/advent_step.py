@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from step import CLASSES
 from torch import nn
 
-from mlan.networks import AtrousClassifier, build_extractor, freeze_batch_norm
-from mlan.trainer import poly
+from mlan.backbones import build_extractor
+from mlan.networks import AtrousClassifier, freeze_batch_norm
+from mlan.objective import poly
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,9 @@ from records import append_records
 from region_labels import machine
 from step import device_name
 
+from mlan.backbones import build_extractor
 from mlan.evaluation import confusion_matrix, evaluate, network_input
-from mlan.networks import Segmenter, build_extractor
+from mlan.networks import Segmenter
 from mlan.streets import draw_street
 from mlan.trainer import usable_device
 

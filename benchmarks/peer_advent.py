@@ -30,7 +30,7 @@ from step import (CLASSES, build_steps, clock, counted_flops, fitting_clock, flo
                   peak_elsewhere, peak_mib, share_of_peak, spread, threads)
 from torch import Tensor, nn
 
-from mlan.networks import build_extractor
+from mlan.backbones import build_extractor
 from mlan.trainer import usable_device
 
 METHODS = ("source_only", "source_only+target", "rl_al", "il_al", "cr_al")

@@ -17,16 +17,18 @@ from pathlib import Path
 
 import torch
 from records import append_records, commit, cpu_name
-from torch.utils.flop_counter import FlopCounterMode
 
-from mlan.co_regularized_al import ABLATIONS, AlignmentSettings, CoRegularizedAL
-from mlan.dry_run import LiveMemory
-from mlan.networks import Segmenter, build_extractor, freeze_batch_norm
+from mlan.backbones import build_extractor
+from mlan.counting import CountingLab
+from mlan.dry_run import LiveMemory, flop_counter
+from mlan.methods import make_setup, own_values
+from mlan.networks import Segmenter, freeze_batch_norm
+from mlan.objective import Flow
 from mlan.region_labels import region_grid
-from mlan.settings import make_settings
-from mlan.trainer import SegmentationStep, usable_device
+from mlan.trainer import Step, usable_device
 
-METHODS = ("source_only", "source_only+target", *(name for name in ABLATIONS if name != "source_only"))
+METHODS = ("source_only", "source_only+target", "rll", "rl_al", "regularized_rl_al", "il_al", "regularized_il_al", "cr_al",
+           "minent", "adaptseg", "advent", "dacs")
 BASE = "source_only+target"  # what the ratios are to: one source step, and the target's features without gradient
 CLASSES, RELATIONS = 19, 100
 TERAFLOPS = {  # dense peaks of the makers' data sheets, in 1e12 operations a second
@@ -86,17 +88,6 @@ def counted_flops(step) -> int:  # operations of convolutions and matrix product
     return counter.get_total_flops()
 
 
-def flop_counter() -> FlopCounterMode:
-    "PyTorch's counter without its book of modules."
-    counter = FlopCounterMode(display=False)
-    counter.mod_tracker = _NoModules()
-    return counter
-
-
-class _NoModules(nullcontext):  # the counter's own book of modules fails where a module runs without gradient on features that have one
-    parents = {"Global"}
-
-
 def take_turns(steps: dict,  # {name: function of the iteration's number}
                repeats: int, device: torch.device, kind: str = "wall", warm: int = 1) -> dict:  # {name: seconds of each repeat}
     "Time the steps in turn; the first rounds are not counted."
@@ -147,24 +138,32 @@ def calibrated(extractor: torch.nn.Module, images: torch.Tensor) -> torch.nn.Mod
 def build_steps(methods: list, backbone: str, precision: str, batch: tuple,  # from `made_up`
                 device: torch.device, **overrides) -> dict:  # {method: step}
     "One network for all methods of a backbone: its weights move, which changes no time; optimisers and heads are each method's own."
-    images, labels, regions, target = batch
+    images, _, _, target = batch
     torch.manual_seed(0)
-    profile = "quick" if backbone == "small" else "paper"
-    settings = make_settings("made-up", "made-up", "cr_al", profile, backbone=backbone, weights="none", size=tuple(images.shape[-2:]),
-                             target_size=tuple(target.shape[-2:]), batch_size=len(images),
-                             precision=precision, **overrides)
-    net = Segmenter(build_extractor(backbone, "none", checkpointing=settings.checkpointing), CLASSES).to(device)
+    given = dict(backbone=backbone, weights="none", size=tuple(images.shape[-2:]), target_size=tuple(target.shape[-2:]),
+                 batch_size=len(images), precision=precision)
+    net = Segmenter(build_extractor(backbone, "none", checkpointing=overrides.get("checkpointing", False)), CLASSES).to(device)
     freeze_batch_norm(calibrated(net.extractor, images), affine=backbone != "small")    # as with ImageNet weights
-    return {name: _step(name, net, (images, labels, regions), target, settings) for name in methods}
+    if overrides.pop("compile", False):
+        net.extractor.levels = torch.compile(net.extractor.levels)
+    return {name: _step(name, net, batch, given | overrides) for name in methods}
 
 
-def _step(method, net, batch, target, settings):
-    channels, rates = net.extractor.channels, net.extractor.rates
-    alignment = None
-    if not method.startswith("source_only"):
-        alignment = CoRegularizedAL(ABLATIONS[method], channels, [RELATIONS] * len(settings.patches), rates,
-                                    AlignmentSettings(critic_width=settings.critic_width, pooling=settings.pooling)).to(target.device)
-    step = SegmentationStep(net, lambda i: batch, settings.lr, settings, alignment, lambda i: target)
+def _step(method, net, batch, given):
+    "The first training of a method that sees the target, or the one that it has, as a lab would build it."
+    images, labels, regions, target = batch
+    name, profile = method.removesuffix("+target"), "quick" if given["backbone"] == "small" else "paper"
+    own = own_values(make_setup("", "", name).recipe)
+    setup = make_setup("made-up", "made-up", name, profile, **{k: v for k, v in given.items() if k != "patches" or k in own})
+    lab = CountingLab(setup.settings)
+    setup.recipe(lab)
+    planned = next(p for p in lab.planned if p.how and p.stage != "warm_up")
+    objective = planned.kept.objective(net).to(target.device)
+
+    def flows(i):
+        return Flow(net, images, labels, regions=regions), planned.views[1] and Flow(net, target)
+
+    step = Step(net, objective, flows, planned.how)
     if method != BASE:
         return step
 

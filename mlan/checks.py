@@ -90,17 +90,17 @@ def check_dataset(
     shapes = [size for size, _ in headers] or shapes
     sizes = {f"{h}x{w}": shapes.count((h, w)) for h, w in sorted(set(shapes))}
     shares = _shares(ds.space, sum(counts), space_lut)
-    found = {"n": n, "checked": few, "labelled": ds.labelled, "sizes": sizes, **shares}
+    facts = {"n": n, "checked": few, "labelled": ds.labelled, "sizes": sizes, **shares}
     stretched = [ds.name(i) for i, (_, other) in enumerate(headers) if other]
-    return {**found, "warnings": [*getattr(ds, "notes", []), *_warnings(found, stretched)]}
+    return {**facts, "warnings": [*getattr(ds, "notes", []), *_warnings(facts, stretched)]}
 
 # %% ../nbs/07_checks.ipynb #9a3960f7
-def _warnings(found: dict, stretched: list[str]) -> list[str]:
+def _warnings(facts: dict, stretched: list[str]) -> list[str]:
     "What is odd, though it can be trained on."
-    absent = [name for name, share in found["classes"].items() if share == 0]
-    seen_all = found["labelled"] and absent and found["checked"] == found["n"]
+    absent = [name for name, share in facts["classes"].items() if share == 0]
+    seen_all = facts["labelled"] and absent and facts["checked"] == facts["n"]
     warnings = [f"No pixel of {', '.join(absent)}."] if seen_all else []
-    warnings += [f"{found['ignored']:.0%} of the pixels are ignored."] if found["ignored"] > 0.5 else []
+    warnings += [f"{facts['ignored']:.0%} of the pixels are ignored."] if facts["ignored"] > 0.5 else []
     first = f"{stretched[0]}{' and others' * (len(stretched) > 1)}" if stretched else ""
     return warnings + ([f"{len(stretched):,} pairs have labels of another size, stretched to their image ({first})."] if stretched else [])
 

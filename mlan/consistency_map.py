@@ -9,9 +9,11 @@ __all__ = ['consistency_map', 'normalise_maps', 'ConsistencyMaps', 'dataset_maps
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .co_regularized_al import CoRegularizedAL, Flow, resize_map
+from .co_regularized_al import CoRegularizedAL, resize_map
+from .networks import Segmenter
+from .objective import Flow
 
 # %% ../nbs/16_consistency_map.ipynb #2c0af52d
 def consistency_map(region_map: Tensor,  # M_region (B, I, J)
@@ -40,12 +42,11 @@ class ConsistencyMaps:
 
 
 @torch.no_grad()
-def dataset_maps(extractor: nn.Module, alignment: CoRegularizedAL,
+def dataset_maps(net: Segmenter, alignment: CoRegularizedAL,
                  batches,  # iterable of images (B, 3, H, W) in [0, 1], in the data set's order
-                 grids: list,  # per level (I, J), finest first
                  ) -> ConsistencyMaps:  # on the CPU
     "M_region, M_image (Eq. 7) and M_multi (Eq. 11) of every image."
-    extractor.eval()
-    found = [alignment.maps(Flow(extractor(images), grids)) for images in batches]
-    region, image = (torch.cat(parts).cpu() for parts in zip(*found))
+    net.eval()
+    pairs = [alignment.maps(Flow(net, images)) for images in batches]
+    region, image = (torch.cat(parts).cpu() for parts in zip(*pairs))
     return ConsistencyMaps(region, image, consistency_map(region, image))

@@ -189,12 +189,12 @@ def _count(counts: Tensor, prediction: Tensor, labels: Tensor): # (256, K) int64
 def _class_matrix(counts: Tensor, lut: np.ndarray) -> Tensor: # (K, K) int64 on the CPU
     "The rows of the raw ids, summed by class; ignored ones left out."
     counts, lut = counts.cpu(), torch.as_tensor(np.asarray(lut)).long()
-    n_classes, there = counts.shape[1], counts.sum(1) > 0
-    if (stray := there & (lut != IGNORE) & ((lut < 0) | (lut >= n_classes))).any():
+    n_classes, present = counts.shape[1], counts.sum(1) > 0
+    if (stray := present & (lut != IGNORE) & ((lut < 0) | (lut >= n_classes))).any():
         raw = stray.nonzero()[0].item()
         raise ValueError(f"the label table turns the id {raw} into {lut[raw].item()}, expected 0 to {n_classes - 1} or {IGNORE}: "
                          "check n_classes and the label table")
-    kept = there & (lut != IGNORE)
+    kept = present & (lut != IGNORE)
     return counts.new_zeros(n_classes, n_classes).index_add_(0, lut[kept], counts[kept])
 
 # %% ../nbs/20_evaluation.ipynb #60440468

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['write_whole', 'write_text', 'save_whole', 'TornFile', 'is_whole', 'load_whole', 'set_aside_if_torn', 'locked',
-           'append_row', 'read_rows', 'digest', 'require_room', 'open_at']
+           'append_row', 'read_rows', 'digest', 'source_commit', 'require_room', 'open_at']
 
 # %% ../nbs/04_files.ipynb #ceefd5c3
 import hashlib
@@ -13,11 +13,13 @@ import os
 import pickle
 import shutil
 import socket
+import subprocess
 import sys
 import warnings
 import zipfile
 from collections.abc import Callable
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -117,6 +119,19 @@ def read_rows(path: Path) -> list:  # of rows
 def digest(text: str | bytes) -> str:
     "Twelve hexadecimal digits that change when any byte does."
     return hashlib.sha256(text.encode() if isinstance(text, str) else text).hexdigest()[:12]
+
+# %% ../nbs/04_files.ipynb #58afa8d8
+@lru_cache(1)
+def source_commit() -> str | None:
+    "The git commit of the source tree, with -dirty where files differ from it, or None outside of one."
+    try:
+        import mlan
+        git = ["git", "-C", str(Path(mlan.__file__).parent)]
+        for command in (["ls-files", "--error-unmatch", "__init__.py"], ["describe", "--always", "--dirty", "--exclude", "*"]):
+            answer = subprocess.run(git + command, capture_output=True, text=True, check=True).stdout.strip()
+        return answer
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 # %% ../nbs/04_files.ipynb #7c769c99
 def require_room(folder: Path, needed: int, mend: str) -> None:

@@ -103,23 +103,23 @@ def _some(names: Iterable[str], most: int = 5) -> str:
 def _files_by_stem(folder: Path, suffixes: tuple[str, ...], end: str, deep: bool) -> tuple[dict[str, Path], list[str]]:
     "Stem -> file, in the order of the names; and the names of files with another suffix."
     require(folder.is_dir(), f"There is no folder {folder}: make it, or correct the path that leads there.")
-    found, others = {}, []
+    files, others = {}, []
     for path in sorted(p for p in folder.glob("*/*" if deep else "*") if p.name[0] != "."):
         stem = path.stem.removesuffix(end)
         if path.suffix.lower() in suffixes and path.stem.endswith(end):
-            require(stem not in found, f"{path} is the second file named {stem} there: keep one of them.")
-            found[stem] = path
+            require(stem not in files, f"{path} is the second file named {stem} there: keep one of them.")
+            files[stem] = path
         elif path.suffix.lower() not in suffixes and path.is_file():
             others.append(path.name)
-    return found, others
+    return files, others
 
 # %% ../nbs/05_folders.ipynb #702590d2
 def _pair_up(images: dict[str, Path], labels: dict[str, Path] | None, where: tuple) -> dict[str, tuple[Path, ...]]:
     "Stem -> (image, label), or (image,) without labels; `where` they were looked for."
     folder, label_folder, others = where
     wanted = ", ".join(IMAGES)
-    seen = f" (there are {_some(others)})" if others else ""
-    require(images, f"No image is in {folder}{seen}: put some there ({wanted}), or correct the path.")
+    instead = f" (there are {_some(others)})" if others else ""
+    require(images, f"No image is in {folder}{instead}: put some there ({wanted}), or correct the path.")
     if labels is None:
         return {stem: (path,) for stem, path in images.items()}
     bare = [path.name for stem, path in images.items() if stem not in labels]
@@ -156,10 +156,10 @@ class PairedFolder:
         form: Format = Format(),  # noqa: B008 (frozen): names and storage
     ):
         self.folder, self.label_folder, self.space, self.title, self.form = Path(images), labels and Path(labels), space, name, form
-        found, others = _files_by_stem(self.folder, IMAGES, form.image, form.deep)
+        images_by_stem, others = _files_by_stem(self.folder, IMAGES, form.image, form.deep)
         ids = _files_by_stem(self.label_folder, (".png",), form.label, form.deep)[0] if labels else None
-        self.labelled, self.notes = labels is not None, _notes(found, ids, others, form)
-        self._pairs = _pair_up(found, ids, (self.folder, self.label_folder, others))
+        self.labelled, self.notes = labels is not None, _notes(images_by_stem, ids, others, form)
+        self._pairs = _pair_up(images_by_stem, ids, (self.folder, self.label_folder, others))
         self.stems = list(self._pairs)
 
     def __len__(self) -> int: return len(self.stems)

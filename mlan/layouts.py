@@ -94,13 +94,13 @@ def cityscapes(
     end = max(ends, key=ends.get)
     form = Format("_leftImg8bit", f"_{end}", deep=True, whole=whole)
     space = CITYSCAPES if end == "gtFine_labelTrainIds" else CITYSCAPES_IDS
-    found = PairedFolder(root / "leftImg8bit" / own, if_there(root / "gtFine" / own), space, f"cityscapes {split}", form)
+    pairs = PairedFolder(root / "leftImg8bit" / own, if_there(root / "gtFine" / own), space, f"cityscapes {split}", form)
     if split != "val":
-        return found
-    held = [stem for stem in found.stems if stem.split("_")[0] in HELD_OUT]
+        return pairs
+    held = [stem for stem in pairs.stems if stem.split("_")[0] in HELD_OUT]
     if not held:
-        raise MissingSplit(f"{found.folder} has none of {', '.join(HELD_OUT)}, which are val: add one of these cities.")
-    return found.take(held)
+        raise MissingSplit(f"{pairs.folder} has none of {', '.join(HELD_OUT)}, which are val: add one of these cities.")
+    return pairs.take(held)
 
 # %% ../nbs/06_layouts.ipynb #beb25e62
 class Prepared:
@@ -143,12 +143,12 @@ def prepared(
     split: str,  # train, val or test; one that was not prepared is opened from the original
 ) -> object:  # a data set
     "A split resized once, or the original's."
-    there = [s for s in SPLITS if (root / s / "about.json").is_file()]
-    require(there, f"Nothing prepared is in {root}: make it with  mlan prepare DATA --size HEIGHT WIDTH --out {root}.")
-    first = Prepared(root / (split if split in there else there[0]))
-    if split not in there and first.data is None:
-        raise MissingSplit(f"{root} has {', '.join(there)} only, made from an object in Python: prepare {split}, too.")
-    return first if split in there else open_dataset(first.data, split, size=first.size)
+    splits = [s for s in SPLITS if (root / s / "about.json").is_file()]
+    require(splits, f"Nothing prepared is in {root}: make it with  mlan prepare DATA --size HEIGHT WIDTH --out {root}.")
+    first = Prepared(root / (split if split in splits else splits[0]))
+    if split not in splits and first.data is None:
+        raise MissingSplit(f"{root} has {', '.join(splits)} only, made from an object in Python: prepare {split}, too.")
+    return first if split in splits else open_dataset(first.data, split, size=first.size)
 
 # %% ../nbs/06_layouts.ipynb #4f47a017
 LAYOUTS = {f.__name__: f for f in (gta5, synthia, cityscapes, camvid, airsim_nh, folder, prepared)}
@@ -170,9 +170,9 @@ def open_dataset(
     if name == "streets":
         return Streets(path, split, size, n, seed)
     require(name in LAYOUTS, f"There is no data set {name!r}: write {_instead(spec)}.")
-    found = LAYOUTS[name](_root(spec, data_root), split)
+    dataset = LAYOUTS[name](_root(spec, data_root), split)
     require(n is None or n > 0, f"n={n} leaves nothing of {spec}: give n of at least 1.")
-    return found if n is None or n >= len(found) else found.take([found.stems[i * len(found) // n] for i in range(n)])
+    return dataset if n is None or n >= len(dataset) else dataset.take([dataset.stems[i * len(dataset) // n] for i in range(n)])
 
 # %% ../nbs/06_layouts.ipynb #f85155f1
 def _instead(spec: str | Path) -> str:

@@ -14,6 +14,7 @@ from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Annotated, Literal
 from zipfile import BadZipFile
 from zlib import error as ZlibError
 
@@ -24,6 +25,7 @@ from scipy.spatial import KDTree
 from sklearn.cluster import DBSCAN
 
 from .files import write_whole
+from .fields import Checked, Count, Within
 from .label_spaces import CITYSCAPES_CLASSES, CITYSCAPES_COLORS, IGNORE
 
 # %% ../nbs/10_region_labels.ipynb #58bfbb85
@@ -102,14 +104,19 @@ def describe_patches(labels: np.ndarray, patch: int,
 
 # %% ../nbs/10_region_labels.ipynb #b9a060f0
 @dataclass(frozen=True)
-class RegionSettings:
-    "How the vocabulary of context-relations is made."
-    patches: tuple = (32, 64, 128)  # s, 2s, 4s in pixels of the training size (R1)
-    n_relations: int = 100  # N, at most (Section 4.2)
-    descriptor: str = "hog+classes"  # R2
-    min_samples: int = 10  # DBSCAN: neighbours that make a core
-    sample: int = 3000  # patches a level that DBSCAN sees
-    seed: int = 0  # of that sample
+class RegionSettings(Checked):
+    "Regions: how the vocabulary of context-relations is made"
+    patches: tuple = (32, 64, 128)  # region sizes in training pixels, finest first (R1)
+    n_relations: Annotated[int, Within(2, 255)] = 100  # N, at most (Section 4.2); 255 itself means none
+    descriptor: Literal["hog", "hog+classes"] = "hog+classes"  # of a patch (R2)
+    min_samples: Count = 10  # DBSCAN: neighbours that make a core (R3)
+    region_sample: Count = 3000  # patches a level that DBSCAN sees
+
+    def __post_init__(self):
+        super().__post_init__()
+        even = self.patches and all(p >= 2 and p % 2 == 0 for p in self.patches)
+        if not even or sorted({*self.patches}) != [*self.patches]:
+            raise ValueError(f"setting patches is {self.patches}; it must be even numbers of pixels, growing, from 2")
 
 
 @dataclass(frozen=True)
@@ -129,9 +136,7 @@ class Vocabulary:
 def _cluster(points, counts, distances, eps, min_samples):
     "DBSCAN at one eps: (labels, core mask), noise = -1."
     fit = DBSCAN(eps=eps, min_samples=min_samples, metric="precomputed").fit(distances, sample_weight=counts)
-    core = np.zeros(len(points), bool)
-    core[fit.core_sample_indices_] = True
-    return fit.labels_, core
+    return fit.labels_, np.isin(np.arange(len(points)), fit.core_sample_indices_)
 
 # %% ../nbs/10_region_labels.ipynb #0d14d480
 def fit_vocabulary(descriptors: np.ndarray,  # (M, D) of sampled patches
@@ -145,9 +150,9 @@ def fit_vocabulary(descriptors: np.ndarray,  # (M, D) of sampled patches
         sizes = np.bincount(labels[labels >= 0], weights=counts[labels >= 0])
         share = np.sort(sizes)[::-1][: settings.n_relations].sum() / counts.sum()       # of patches that get a relation
         tries.append((min(len(sizes), settings.n_relations), share, eps, labels, core))
-    found, share, eps, labels, core = max(tries, key=lambda t: t[:3])
-    if found < 2:
-        raise ValueError(f"DBSCAN finds {found} context-relation(s) in {counts.sum()} patches of {patch} pixels; "
+    clusters, share, eps, labels, core = max(tries, key=lambda t: t[:3])
+    if clusters < 2:
+        raise ValueError(f"DBSCAN finds {clusters} context-relation(s) in {counts.sum()} patches of {patch} pixels; "
                          "give more labelled images, smaller patches, or a smaller min_samples")
     sizes = np.bincount(labels[labels >= 0], weights=counts[labels >= 0])
     rank = np.empty(len(sizes), int)
@@ -181,22 +186,22 @@ def region_labels(labels: np.ndarray,  # (H, W) class ids
                   vocabulary: Vocabulary,
                   settings: RegionSettings, colors: np.ndarray = CITYSCAPES_COLORS) -> np.ndarray:  # uint8 (I, J)
     "The region labels of one label map at one level."
-    found = assign(describe_patches(labels, vocabulary.patch, settings.descriptor, colors), vocabulary)
-    return found.reshape(region_grid(labels.shape, vocabulary.patch))
+    relations = assign(describe_patches(labels, vocabulary.patch, settings.descriptor, colors), vocabulary)
+    return relations.reshape(region_grid(labels.shape, vocabulary.patch))
 
 # %% ../nbs/10_region_labels.ipynb #d7c3c5b4
 def sample_patches(label_map: Callable,  # i -> (H, W) class ids
                    n: int,  # how many maps there are
                    settings: RegionSettings, colors: np.ndarray = CITYSCAPES_COLORS) -> list:  # per level (<= sample, D)
     "Descriptors of a bounded random sample of patches at each level, each map read once."
-    rng, rows = np.random.default_rng(settings.seed), [[] for _ in settings.patches]
+    rng, rows = np.random.default_rng(0), [[] for _ in settings.patches]
     for i in rng.permutation(n):
-        hungry = [k for k, seen in enumerate(rows) if sum(map(len, seen)) < 4 * settings.sample]
+        hungry = [k for k, seen in enumerate(rows) if sum(map(len, seen)) < 4 * settings.region_sample]
         if not hungry: break
         labels = label_map(i)
         for k in hungry: rows[k].append(describe_patches(labels, settings.patches[k], settings.descriptor, colors))
     rows = [np.vstack(seen) for seen in rows]
-    return [seen[deepcopy(rng).permutation(len(seen))[: settings.sample]] for seen in rows]
+    return [seen[deepcopy(rng).permutation(len(seen))[: settings.region_sample]] for seen in rows]
 
 
 def fit_vocabularies(label_map: Callable,  # i -> (H, W) class ids

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from .co_regularized_al import resize_map
 from .image_al import image_alignment_map
 from .networks import frozen, resize
+from .objective import At, Flow, Objective
 
 # %% ../nbs/17_translation.ipynb #ab75c5aa
 def weighted_mean(values: Tensor,  # (B, h, w), one for each patch of the critic
@@ -118,10 +119,10 @@ def generator_losses(pair: nn.Module,  # a `TranslationPair`
     s, to_target, to_source = pair.settings, pair.source_to_target, pair.target_to_source
     as_target, as_source = to_target(source), to_source(target)
     with frozen(*pair.critics):
-        told_source, told_target = pair.source_critic(as_source), pair.target_critic(as_target)
+        logits_source, logits_target = pair.source_critic(as_source), pair.target_critic(as_target)
     returned = F.l1_loss(to_source(as_target), source) + F.l1_loss(to_target(as_source), target)
-    terms = {"adversarial_source": s.lambda_adversarial * adversarial_term(told_source, maps),
-             "adversarial_target": s.lambda_adversarial * adversarial_term(told_target),
+    terms = {"adversarial_source": s.lambda_adversarial * adversarial_term(logits_source, maps),
+             "adversarial_target": s.lambda_adversarial * adversarial_term(logits_target),
              "cycle": s.lambda_cycle * returned}
     if s.lambda_identity:
         kept = F.l1_loss(to_source(source), source) + F.l1_loss(to_target(target), target)
@@ -142,22 +143,33 @@ def critic_losses(pair: nn.Module,  # a `TranslationPair`
             "target_critic": critic_term(pair.target_critic(target), pair.target_critic(as_target))}
 
 # %% ../nbs/17_translation.ipynb #552a5bcb
-class TranslationPair(nn.Module):
+class TranslationPair(Objective):
     "G_st, G_ts and their critics D_t, D_s: cycle-consistent translation, regularized by M_multi (Eq. 12)."
-    losses, critic_losses = generator_losses, critic_losses
+    critic_losses = critic_losses
 
     def __init__(self, settings: TranslationSettings = TranslationSettings()):  # noqa: B008 (it is frozen)
         super().__init__()
         s = self.settings = settings
         self.source_to_target, self.target_to_source = Generator(s.width, s.blocks), Generator(s.width, s.blocks)
         self.source_critic, self.target_critic = PatchCritic(s.critic_width), PatchCritic(s.critic_width)
-        self.generators = [self.source_to_target, self.target_to_source]  # for one optimiser
-        self.critics = [self.source_critic, self.target_critic]  # for the other
+
+    @property
+    def heads(self) -> nn.ModuleList:
+        "The generators move first ..."
+        return nn.ModuleList([self.source_to_target, self.target_to_source])
+
+    @property
+    def critics(self) -> nn.ModuleList:
+        "... then their critics."
+        return nn.ModuleList([self.source_critic, self.target_critic])
+
+    def losses(self, source: Flow, target: Flow, at: At):
+        "The generators' terms; the critics look at the same images."
+        yield generator_losses(self, *(seen := (source.images, target.images, target.beside.get("maps"))))
+        return seen
 
     @torch.no_grad()
-    def translate(self, images: Tensor,  # source images (n, 3, H, W), float in [0, 1]
-                  batch_size: int = 16,
-                  ) -> Tensor:  # (n, 3, H, W) in [0, 1], in the target's style, where `images` are
+    def translate(self, images: Tensor, batch_size: int = 16) -> Tensor:  # both (n, 3, H, W) in [0, 1], on one device
         "Target-style source images: G_st(x_s). Their labels are those of `images`."
         if not images.is_floating_point():
             raise ValueError(f"images are {images.dtype}, but translate needs floats in [0, 1]: divide by 255 first")
@@ -186,10 +198,12 @@ def edge_agreement(images: Tensor,  # (B, 3, H, W)
 def swap_low_frequencies(source: Tensor,  # (B, 3, H, W) in [0, 1]
                          target: Tensor,  # (B, 3, H', W'), one for each source image; resized to it
                          beta: float = 0.01,  # frequencies up to beta x min(H, W) cycles are swapped; 0: the mean colour alone
-                         ) -> Tensor:  # (B, 3, H, W) in [0, 1]
+                         clip: bool = True,  # to [0, 1]; False leaves values that the swap drives out
+                         ) -> Tensor:  # (B, 3, H, W)
     "FDA: the source's phases with the target's amplitudes at low frequencies."
     size, band = source.shape[-2:], math.floor(beta * min(source.shape[-2:]))
     rows, columns = (torch.fft.fftfreq(n, 1 / n, device=source.device).abs() <= band for n in size)
     own, other = torch.fft.fft2(source), torch.fft.fft2(resize(target, size))
     amplitude = torch.where(rows[:, None] & columns, other.abs(), own.abs())
-    return torch.fft.ifft2(torch.polar(amplitude, own.angle())).real.clamp(0, 1)
+    swapped = torch.fft.ifft2(torch.polar(amplitude, own.angle())).real
+    return swapped.clamp(0, 1) if clip else swapped

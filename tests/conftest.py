@@ -1,4 +1,4 @@
-"What every test shares: two threads, fixed seeds, and three markers that say what a test needs."
+"What every test shares: threads, fixed seeds, and three markers that say what a test needs."
 
 import os
 import random
@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-os.environ.setdefault("OMP_NUM_THREADS", "2")  # before torch is imported, and for the processes that tests start
+THREADS = int(os.environ.setdefault("OMP_NUM_THREADS", "2"))  # before torch is imported, and for the processes that tests start
 
 MARKERS = {
     "slow": "takes over a minute: skipped unless --slow is given",
@@ -51,7 +51,7 @@ def same_every_time():
     np.random.seed(0)
     if torch := sys.modules.get("torch"):
         torch.manual_seed(0)
-        torch.set_num_threads(2)
+        torch.set_num_threads(THREADS)
 
 
 @pytest.fixture
@@ -62,3 +62,15 @@ def mlan_data() -> Path:
     folder = Path(os.environ["MLAN_DATA"])
     assert folder.is_dir(), f"MLAN_DATA names {folder}, which is no folder: mend the variable"
     return folder
+
+
+@pytest.fixture
+def no_report(monkeypatch):
+    "Reports are not drawn: drawing takes longer than the smallest run."
+    import mlan.run_folder
+
+    def blank(path, *parts):
+        Path(path).write_text("")
+        return Path(path)
+
+    monkeypatch.setattr(mlan.run_folder, "write_report", blank)

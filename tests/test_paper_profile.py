@@ -1,6 +1,5 @@
 """The paper's profile, method by method and backbone by backbone: three steps on small trees in the official layouts."""
 import json
-from dataclasses import replace
 
 import pytest
 import torch
@@ -8,13 +7,23 @@ import torchvision
 from trees import write_cityscapes, write_gta5, write_synthia
 
 from mlan.command_line import main
-from mlan.dry_run import dry_run, segmentation_step, step_cost
-from mlan.settings import PLANS, PROFILES, make_settings
-from mlan.train import load_segmenter, run_mlan
+from mlan.counting import CountingLab
+from mlan.dry_run import dry_run, step_cost
+from mlan.methods import METHODS, make_setup, own_values
+from mlan.run_folder import load_segmenter
+from mlan.settings import PROFILES
+from mlan.train import run_mlan
 
 # what is made small: images, steps, and what so few patches ask of DBSCAN. All else is the paper's.
-SMALL = dict(size=(72, 128), target_size=(64, 128), patches=(8, 16, 32), min_samples=2, region_sample=500, steps=3, translation_steps=3,
-             self_training_steps=3, portions=(0.2, 0.25, 0.3), weights="none", device="cpu", log_every=1, workers=0)
+SMALL = dict(size=(72, 128), target_size=(64, 128), steps=3, weights="none", device="cpu", log_every=1, workers=0)
+OWN = dict(patches=(8, 16, 32), min_samples=2, region_sample=500, translation_steps=3, self_training_steps=3, portions=(0.2, 0.25, 0.3),
+           betas=(0.01, 0.09), rounds=1, band_steps=2)
+
+
+def small(method, **changes):
+    "The small settings that a method has."
+    own = own_values(METHODS[method].recipe)
+    return {**SMALL, **{name: value for name, value in OWN.items() if name in own}, **changes}
 
 
 @pytest.fixture(scope="module")
@@ -40,30 +49,36 @@ def resnet101(tmp_path_factory):
 
 
 @pytest.mark.parametrize("source, backbone, method, classes", [
-    ("gta5", "resnet101", "mlan", 19), ("gta5", "vgg16", "cr_al+rst", 19), ("synthia", "vgg16", "mlan", 16),
-    pytest.param("synthia", "resnet101", "mlan", 16, marks=pytest.mark.slow),
-    *(pytest.param("gta5", "resnet101", method, 19, marks=pytest.mark.slow) for method in PLANS if method != "mlan")])
-def test_three_steps_of_the_paper(source, backbone, method, classes, trees, resnet101, tmp_path):
-    small = {**SMALL, "weights": resnet101 if backbone == "resnet101" else "none"}
-    result = run_mlan(trees[source], trees["cityscapes"], method, "paper", out=tmp_path, progress=False, backbone=backbone, **small)
+    ("gta5", "resnet101", "mlan", 19), ("synthia", "vgg16", "cr_al", 16),
+    *(pytest.param(source, backbone, "mlan", n, marks=pytest.mark.slow) for source, backbone, n in
+      (("gta5", "vgg16", 19), ("synthia", "vgg16", 16), ("synthia", "resnet101", 16))),
+    pytest.param("gta5", "vgg16", "cr_al+rst", 19, marks=pytest.mark.slow),
+    *(pytest.param("gta5", "resnet101", method, 19, marks=pytest.mark.slow) for method in METHODS if method != "mlan")])
+def test_three_steps_of_the_paper(source, backbone, method, classes, trees, resnet101, tmp_path, no_report):
+    weights = resnet101 if backbone == "resnet101" else "none"
+    result = run_mlan(trees[source], trees["cityscapes"], method, "paper", out=tmp_path, progress=False,
+                      **small(method, backbone=backbone, weights=weights))
     record = result.record
     assert len(record["classes"]) == classes and ("miou_13" in record) == (classes <= 16 or source == "gta5")
-    assert record["images"] == {"source": 5 if method == "oracle" else 6 if source == "gta5" else 5, "target": 5, "val": 1, "test": 2}
-    assert record["settings"] == {**record["settings"], "lr": 2.5e-4, "momentum": .9, "weight_decay": 1e-4, "lambda_region": 5e-3,
-                                  "lambda_ent": 1e-3, "lambda_image": 1e-3, "n_relations": 100, "optimiser": "sgd", "batch_size": 1}
+    assert record["images"] == {"source": 6 if source == "gta5" else 5, "target": 5, "val": 1, "test": 2}
+    papers = dict(lr=2.5e-4, momentum=.9, weight_decay=1e-4, optimiser="sgd", batch_size=1)
+    of_mlan = dict(lambda_region=5e-3, lambda_ent=1e-3, lambda_image=1e-3, n_relations=100) if "n_relations" in record["settings"] else {}
+    assert record["settings"] == {**record["settings"], **papers, **of_mlan}
     assert sum(map(sum, record["matrix"])) > .5 * 2 * 64 * 128
     assert load_segmenter(result.out / "checkpoint.pt")[1]["size"] == (64, 128)
 
 
 def test_the_paper_s_numbers():
-    s = make_settings("gta5", "cityscapes", profile="paper")
+    setup = make_setup("gta5", "cityscapes", profile="paper")
+    s, m = setup.settings, setup.recipe
     assert (s.lr, s.momentum, s.weight_decay, s.power, s.optimiser) == (2.5e-4, .9, 1e-4, .9, "sgd")          # Section 4.2
-    assert (s.lambda_region, s.lambda_ent, s.lambda_image, s.n_relations) == (5e-3, 1e-3, 1e-3, 100)
+    assert (m.lambda_region, m.lambda_ent, m.lambda_image, m.n_relations) == (5e-3, 1e-3, 1e-3, 100)
     assert (s.size, s.target_size, s.batch_size, s.head_lr, s.critic_lr) == ((720, 1280), (512, 1024), 1, 10., 1e-4)   # R13
     assert (s.steps, s.schedule_steps, s.warmup_steps, s.backbone, s.weights) == (120_000, 250_000, 0, "resnet101", "imagenet")
-    assert (s.map_weights, s.reading, s.pooling, s.critic_width, s.ramp_steps, s.clip_norm) == ("raw", "entropy", "resize", 64, 0, 0.)
+    assert (m.map_weights, m.reading, m.pooling, m.critic_width, s.ramp_steps, s.clip_norm) == ("raw", "entropy", "resize", 64, 0, 0.)
     assert set(PROFILES["paper"]) <= {"workers"}, "the defaults of Settings are the paper's"
-    assert make_settings("synthia:/data", "cityscapes", profile="paper").size == (760, 1280)
+    assert all(make_setup("a", "b", name, "paper").recipe == method.recipe for name, method in METHODS.items())
+    assert make_setup("synthia:/data", "cityscapes", profile="paper").settings.size == (760, 1280)
 
 
 def test_a_dry_run_trains_nothing_and_says_what_would_be(trees, tmp_path, capsys):
@@ -71,39 +86,47 @@ def test_a_dry_run_trains_nothing_and_says_what_would_be(trees, tmp_path, capsys
             "--dry-run", "--weights", "none", "--backbone", "vgg16"]
     assert main(argv) == 0
     said = capsys.readouterr().out
-    for words in ("lambda_region 0.005", "6 of 24,966", "5 of 2,975", "align_translated   120000 steps", "GiB", "translated images take"):
+    for words in ("lambda_region 0.005", "6 of 24,966", "5 of 2,975", "align_translated   120000 steps", "GiB",
+                  "the images of stage translation take"):
         assert words in said, words
     assert not (tmp_path / "run").exists()
 
 
 def test_dry_run_counts_what_the_data_has(trees):
-    told = dry_run(trees["synthia"], trees["cityscapes"], "cr_al", "paper", **SMALL)
-    assert [e.stage for e in told.stages] == ["regions", "align", "scoring"] and len(told.classes) == 16
-    assert told.stages[0].amount == "5 maps" and told.stages[1].amount == "3 steps" and told.stages[2].amount == "3 images"
-    json.dumps([e.seconds for e in told.stages])
+    planned = dry_run(trees["synthia"], trees["cityscapes"], "cr_al", "paper", **small("cr_al"))
+    assert [e.stage for e in planned.stages] == ["regions", "align", "scoring"] and len(planned.classes) == 16
+    assert planned.stages[0].seconds > 0 and planned.stages[1].amount == "3 steps" and planned.stages[2].amount == "3 images"
+    json.dumps([e.seconds for e in planned.stages])
+
+
+def heaviest(**given):
+    "The cost of CR-AL's step with the paper's settings."
+    setup = make_setup("a", "b", "cr_al", "paper", weights="none", **given)
+    lab = CountingLab(setup.settings)
+    setup.recipe(lab)
+    planned = lab.planned[-1]
+    assert planned.stage == "align"
+    return step_cost(lambda: lab.step(planned))
 
 
 @pytest.mark.parametrize("backbone", ["resnet101", "vgg16"])
 @pytest.mark.parametrize("source_size", [(720, 1280), (760, 1280)])
-def test_every_ablation_fits_twelve_gigabytes(backbone, source_size):
-    s = make_settings("a", "b", profile="paper", backbone=backbone, size=source_size)
-    heaviest = step_cost(lambda: segmentation_step(s, "cr_al", 19, s.size))
-    assert 1 < heaviest.gib < 6                                   # and about one for the device's own
+def test_the_heaviest_step_fits_twelve_gigabytes(backbone, source_size):
+    assert 1 < heaviest(backbone=backbone, size=source_size).gib < 6                    # and about one for the device's own
 
 
 def test_checkpointing_and_mixed_precision_need_less():
-    s = make_settings("a", "b", profile="paper", size=(256, 512), target_size=(256, 512), patches=(16, 32, 64))
-    changes = ({}, {"precision": "bf16"}, {"checkpointing": True})
-    plain, half, again = (step_cost(lambda c=c: segmentation_step(replace(s, **c), "cr_al", 19, s.size)) for c in changes)
+    at = dict(size=(256, 512), target_size=(256, 512), patches=(16, 32, 64))
+    plain, half, again = (heaviest(**at, **change) for change in ({}, {"precision": "bf16"}, {"checkpointing": True}))
     assert half.peak < .75 * plain.peak and again.peak < .9 * plain.peak
     assert half.flops == plain.flops and 1.1 < again.flops / plain.flops < 1.4
 
 
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])  # bf16 is slow on a CPU
-def test_every_stage_of_the_gpu_profile_runs(precision, tmp_path):
+def test_every_stage_of_the_gpu_profile_runs(precision, tmp_path, no_report):
     few = dict(size=(64, 128), target_size=(64, 128), patches=(8, 16, 32), n_source=8, n_target=6, n_val=2, n_test=2, min_samples=2,
                warmup_steps=2, steps=2, schedule_steps=2, ramp_steps=1, translation_steps=2, self_training_steps=3, weights="none",
                device="cpu", workers=0, precision=precision, val_every=0)
     record = run_mlan("streets:engine", "streets:camera", "mlan", "gpu", out=tmp_path, progress=False, **few).record
     assert record["miou"] is not None and record["settings"]["backbone"] == "resnet50" and record["profile"] == "gpu"
-    assert len(record["facts"]["self_training"]) == 3 and len(record["classes"]) == 19
+    assert [record["facts"][f"pseudo_labels_{r}"]["portion"] for r in range(3)] == [.2, .35, .5] and len(record["classes"]) == 19

@@ -9,12 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from mlan.co_regularized_al import ABLATIONS, AlignmentSettings, CoRegularizedAL, map_weight
+from few import few
+
+from mlan.co_regularized_al import AlignmentSettings, CoRegularizedAL, map_weight
 from mlan.networks import Segmenter, SmallExtractor
+from mlan.objective import Flow
+from mlan.output_games import OutputGame, OutputGameSettings
 from mlan.samples import Share, Stream
-from mlan.settings import make_settings
 from mlan.train import run_mlan
-from mlan.trainer import SegmentationStep
+from mlan.trainer import Step, Training
 
 MAPS = torch.arange(4 * 2 * 3).view(4, 2, 3).float()
 
@@ -49,28 +52,34 @@ def finish(processes):
         assert process.returncode == 0, told[-3000:]
 
 
+def objective(method, net):
+    "CR-AL, a part of it, or ADVENT, with heavy terms."
+    heavy = dict(lambda_ent=.5, lambda_image=.5, lambda_region=.5, critic_width=4, map_weights="normalised")
+    if method in ("cr_al", "regularized_il_al"):
+        switches = {} if method == "cr_al" else dict(region=False, entropy="none")
+        return CoRegularizedAL(64, (6, 6, 6), (8, 16, 32), SmallExtractor.rates, AlignmentSettings(**switches, **heavy))
+    return OutputGame(net, OutputGameSettings(lambda_main=.5, lambda_aux=.5, critic_width=4))
+
+
 def ends_of_steps(method, wide, batch, rank, count):
     "Weights and log after three steps on this process's part of the data; labels are missing in very different amounts."
     torch.manual_seed(0)
-    s = make_settings("a", "b", size=(32, 64), target_size=(32, 64), critic_width=4, map_weights="normalised", ramp_steps=0, head_lr=2.,
-                      lr=.01, lambda_ent=.5, lambda_image=.5, lambda_region=.5, schedule_steps=1000, steps=10, clip_norm=1.,
-                      optimiser="sgd")
+    how = Training(steps=10, lr=.01, schedule=1000, batch=batch, head_lr=2., critic_lr=2e-3, clip_norm=1., optimiser="sgd")
     net = Segmenter(SmallExtractor(), 5)
-    weights = AlignmentSettings(critic_width=4, map_weights="normalised", lambda_ent=.5, lambda_image=.5, lambda_region=.5)
-    alignment = CoRegularizedAL(ABLATIONS[method], 64, (6, 6, 6), SmallExtractor.rates, weights)
+    made = objective(method, net)
     images, labels = torch.rand(8, 3, 32, 64), torch.randint(0, 5, (8, 32, 64))
     target, regions = torch.rand(8, 3, 32, 96 if wide else 64), [torch.randint(0, 6, (8, 4 // k, 8 // k)) for k in (1, 2, 4)]
     labels[::2, 4:], regions[0][1::2, 1:] = 255, 255
     streams = [Share(Stream(8, batch * count, seed), rank, count) for seed in (0, 1)]
 
-    def source_batch(i):
+    def flows(i):
         index = streams[0].indices(i)
-        return images[index], labels[index], [r[index] for r in regions]
+        return (Flow(net, images[index], labels[index], regions=[r[index] for r in regions]), Flow(net, target[streams[1].indices(i)]))
 
-    step = SegmentationStep(net, source_batch, s.lr, s, alignment, lambda i: target[streams[1].indices(i)])
-    begin = [p.detach().clone() for m in (net, alignment) for p in m.parameters()]
+    step = Step(net, made, flows, how)
+    begin = [p.detach().clone() for m in (net, made) for p in m.parameters()]
     logs = [{k: v.item() for k, v in step(i).items()} for i in range(3)]
-    moves = [p.detach() - b for p, b in zip([p for m in (net, alignment) for p in m.parameters()], begin)]
+    moves = [p.detach() - b for p, b in zip([p for m in (net, made) for p in m.parameters()], begin)]
     return {"moves": moves, "logs": logs}
 
 
@@ -79,7 +88,7 @@ def apart(a, b):
     return [((x - y).norm() / y.norm().clamp(min=1e-9)).item() for x, y in zip(a["moves"], b["moves"])]
 
 
-@pytest.mark.parametrize("method, wide", [("cr_al", False), ("cr_al", True), ("regularized_il_al", False)])
+@pytest.mark.parametrize("method, wide", [("cr_al", False), ("cr_al", True), ("regularized_il_al", False), ("advent", False)])
 def test_two_processes_at_batch_2_are_one_at_batch_4(method, wide, tmp_path):
     finish(start(STEPS.format(folder=os.path.dirname(__file__), method=method, wide=wide, out=tmp_path), 2, tmp_path))
     first, second = (torch.load(tmp_path / f"{r}.pt") for r in (0, 1))
@@ -93,17 +102,16 @@ def test_two_processes_at_batch_2_are_one_at_batch_4(method, wide, tmp_path):
             assert np.mean([r["logs"][step][name] for r in (first, second)]) == pytest.approx(value, rel=1e-3, abs=1e-5)
 
 
-FEW = dict(size=(32, 64), target_size=(32, 64), n_source=24, n_target=10, n_val=4, n_test=5, min_samples=3, warmup_steps=0, steps=4,
-           schedule_steps=4, ramp_steps=0, critic_width=4, translation_steps=2, translation_width=4, translation_batch=1,
-           self_training_steps=2, log_every=2, val_every=2, checkpoint_every=2, device="cpu")
+FEW = dict(n_source=24, n_target=10, n_test=5, warmup_steps=0, steps=4, schedule_steps=4, ramp_steps=0, translation_steps=2,
+           translation_batch=1, self_training_steps=2, portions=(.3, .5), val_every=2)
 RUN = """
 from mlan.train import run_mlan
-run_mlan("streets:engine", "streets:camera", {method!r}, out={out!r}, progress=False, batch_size=2, **{settings})
+run_mlan("streets:engine", "streets:camera", {method!r}, out={out!r}, progress=False, **{settings})
 """
 
 
 def test_a_whole_run_in_two_processes(tmp_path):
-    finish(start(RUN.format(method="mlan", out=str(tmp_path / "two"), settings=FEW), 2, tmp_path))
+    finish(start(RUN.format(method="mlan", out=str(tmp_path / "two"), settings=few("mlan", batch_size=2, **FEW)), 2, tmp_path))
     record = json.loads((tmp_path / "two" / "result.json").read_text())
     assert record["processes"] == 2 and np.array(record["matrix"]).sum() > .5 * 5 * 32 * 64
     assert not list(tmp_path.glob("two/**/*.part")) and (tmp_path / "two" / "report.html").exists()
@@ -112,10 +120,11 @@ def test_a_whole_run_in_two_processes(tmp_path):
 
 
 def test_a_run_in_two_processes_is_the_run_in_one_of_twice_the_batch(tmp_path):
-    settings = {**FEW, "n_test": 6}
+    settings = few("cr_al", batch_size=2, **{**FEW, "n_test": 6})
     finish(start(RUN.format(method="cr_al", out=str(tmp_path / "two"), settings=settings), 2, tmp_path))
     two = json.loads((tmp_path / "two" / "result.json").read_text())
-    one = run_mlan("streets:engine", "streets:camera", "cr_al", out=tmp_path / "one", progress=False, batch_size=4, **settings).record
+    twice = {**settings, "batch_size": 4}
+    one = run_mlan("streets:engine", "streets:camera", "cr_al", out=tmp_path / "one", progress=False, **twice).record
     a, b = (torch.load(tmp_path / k / "checkpoint.pt", weights_only=True)["segmenter"] for k in ("one", "two"))
     for name in a:
         torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-5)

@@ -22,7 +22,7 @@ from mlan.region_labels import (DESCRIPTORS, RegionLabeller, RegionSettings, Voc
 from mlan.label_spaces import CITYSCAPES_COLORS, IGNORE
 from mlan.streets import draw_street
 
-SETTINGS = RegionSettings(patches=(8, 16, 32), min_samples=3, sample=400)
+SETTINGS = RegionSettings(patches=(8, 16, 32), min_samples=3, region_sample=400)
 
 
 @dataclass
@@ -223,11 +223,11 @@ def changed(labeller, what):
         return replace(labeller, vocabularies=[replace(v, **{what: others[what]}), *labeller.vocabularies[1:]])
     if what == "colors":
         return replace(labeller, colors=CITYSCAPES_COLORS[::-1].copy())
-    settings = replace(SETTINGS, **{"descriptor": dict(descriptor="hog"), "sample": dict(sample=300)}[what])
+    settings = replace(SETTINGS, **{"descriptor": dict(descriptor="hog"), "region_sample": dict(region_sample=300)}[what])
     return RegionLabeller(fit_vocabularies(Blocks(), 40, settings), settings)
 
 
-@pytest.mark.parametrize("what", ["numbers", "eps", "cores", "colors", "descriptor", "sample"])
+@pytest.mark.parametrize("what", ["numbers", "eps", "cores", "colors", "descriptor", "region_sample"])
 def test_changed_settings_never_reuse_a_chunk(labeller, tmp_path, what):
     label_dataset(Blocks(), 12, labeller, folder=tmp_path, chunk=4)
     other, maps = changed(labeller, what), Blocks(note=tmp_path / "drawn")

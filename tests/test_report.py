@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 
 from mlan.evaluation import Scores
-from mlan.report import PictureRow, Report, changes, colorize, comparison_table, report_html, write_report
+from mlan.report import PictureRow, Report, changes, colorize, report_html, write_report
+from mlan.score_tables import comparison_table
 
 IGNORE = 255
 NAMES = ("road", "sidewalk", "building", "wall", "sky")
@@ -69,7 +70,7 @@ def test_report_from_records_equals_report_from_scores():
 
 
 def test_report_of_one_method_and_of_a_target_without_labels(tmp_path):
-    one = write_report(tmp_path / "one.html", title="example", scores={"mlan": example_scores(0)}).read_text("utf-8")
+    one = write_report(tmp_path / "one.html", title="example", scores={"MLAN": example_scores(0)}).read_text("utf-8")
     assert "MLAN reaches" in one and "source only" not in one and "class=best" not in one and "Pictures" not in one
     pictures = [example_picture("example", truth=False)]
     bare = write_report(tmp_path / "bare.html", "example", pictures=pictures).read_text("utf-8")
@@ -86,9 +87,10 @@ def test_report_is_the_same_twice(tmp_path):
 
 def test_table_marks_the_best_and_fits():
     names = [f"class number {i}" for i in range(19)]
-    mious = {"source_only": 10., "regularized_rl_al": 12., "mlan": 11.96, "oracle": 60.}
+    mious = {"source only": 10., "regularized RL-AL": 12., "MLAN": 11.96, "oracle": 60.}
     per_class = {m: {c: v if i else None for i, c in enumerate(names)} for m, v in mious.items()}
-    table = comparison_table({m: {"miou": v, "per_class": per_class[m]} for m, v in mious.items()})
+    seen = {"source only": "source", "oracle": "truth"}
+    table = comparison_table({m: {"miou": v, "per_class": per_class[m], "seen": seen.get(m, "target")} for m, v in mious.items()})
     blocks = table.split("\n\n")
     assert len(blocks) == 2 and all(len(line) <= 120 for line in table.splitlines())
     rows = {line[:18].strip(): line for line in blocks[0].splitlines()}
@@ -100,7 +102,8 @@ def test_table_marks_the_best_and_fits():
 
 def test_table_of_a_model_without_a_score():
     bare = Scores(torch.zeros(5, 5, dtype=torch.int64), NAMES)
-    assert "MLAN" in comparison_table({"mlan": bare}) and "0.0" not in comparison_table({"mlan": bare})
+    table = comparison_table({"MLAN": bare})
+    assert "MLAN" in table and "0.0" not in table
 
 
 def test_colors():

@@ -1,4 +1,4 @@
-"""Draws the method on one page: pipeline.svg, and pipeline_00.svg to pipeline_25.svg with one notebook's blocks lit.
+"""Draws the method on one page: pipeline.svg, and a pipeline_NAME.svg for each notebook, with its blocks lit.
 
 Run it in any folder: the pictures are written beside this file, and they are the same every time.
 `python draw_pipeline.py FOLDER` writes PNGs there as well, to look at. Coordinates are pixels, y grows downwards.
@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Circle, FancyBboxPatch, PathPatch, Polygon, Rectangle
 from matplotlib.path import Path as Outline
 
-WIDTH, TOP, HEIGHT = 900, -30, 588
+WIDTH, TOP, HEIGHT = 900, -60, 588
 SOURCE, TARGET, ALIGN = "#2563c9", "#e08e0b", "#7b8494"
 LIT, LIT_EDGE, PALE, PALE_EDGE, INK, SOFT = "#0c8a68", "#043d2e", "#f6f8fa", "#c3cbd5", "#1f2733", "#5d6775"
 SKY, HOUSE, GREEN, ROAD, CAR, WALK = "#4682b4", "#5a5a5a", "#6b8e23", "#804080", "#00008e", "#e053c4"
@@ -37,23 +37,31 @@ class Block:
 
 
 BLOCKS = (
-    Block((0,), (30, 108, 116, 112), "Source", (), top=14),
-    Block((0,), (30, 262, 116, 112), "Target", (), badge=False, top=14),
-    Block((1, 2, 3), (180, 108, 82, 266), "Data sets", ("label spaces", "layouts", "checks", "streams"), top=106),
-    Block((4,), (300, 78, 206, 46), "Region labels", ("HOG, DBSCAN: $N$ relations",), top=16),
-    Block((5,), (406, 146, 100, 90), r"$C_\mathrm{region}$", ("3 region levels",), badge=False, top=37),
-    Block((5,), (406, 258, 100, 80), r"$C_\mathrm{image}$", (r"domain, 3$\times$3",), badge=False, top=30),
-    Block((5,), (406, 360, 100, 66), r"$C_\mathrm{seg}$", ("classes",), badge=False, top=24),
-    Block((6,), (554, 146, 146, 90), "RL-AL",
-          (r"$L_\mathrm{region}$: learn relations", r"$L_\mathrm{ent}$: max-min entropy,", "gradient reversed"), 21),
-    Block((7,), (554, 258, 146, 80), "IL-AL", (r"$L_\mathrm{image}$: $E$ makes the", "target pass for source"), top=23),
-    Block((8,), (762, 108, 112, 216), "CR-AL", ("each map weighs", "the other's loss"), top=17),
-    Block((9,), (762, 346, 112, 102), "MLCM", (), top=15),
-    Block((10,), (30, 462, 232, 72), "Regularized translation",
+    Block((1, 2, 3), (30, 108, 116, 112), "Source", (), top=14),
+    Block((1, 2, 3), (30, 262, 116, 112), "Target", (), badge=False, top=14),
+    Block((0, 4, 5, 6, 7, 8), (180, 108, 82, 266), "Data sets", ("label spaces", "files, folders", "layouts", "checks", "samples"), top=98),
+    Block((10,), (300, 78, 206, 46), "Region labels", ("HOG, DBSCAN: $N$ relations",), top=16),
+    Block((11,), (406, 146, 100, 90), r"$C_\mathrm{region}$", ("3 region levels",), badge=False, top=37),
+    Block((11,), (406, 258, 100, 80), r"$C_\mathrm{image}$", (r"domain, 3$\times$3",), badge=False, top=30),
+    Block((11,), (406, 360, 100, 66), r"$C_\mathrm{seg}$", ("classes",), badge=False, top=24),
+    Block((12,), (554, 360, 146, 66), "Objective", (r"$L_\mathrm{seg}$: source labels",), top=24),
+    Block((13,), (554, 146, 146, 90), "RL-AL",
+          (r"$L_\mathrm{region}$: learn relations", r"$L_\mathrm{ent}$: max-min entropy,", "gradient reversed"), top=21),
+    Block((14,), (554, 258, 146, 80), "IL-AL", (r"$L_\mathrm{image}$: $E$ makes the", "target pass for source"), top=23),
+    Block((15,), (762, 108, 112, 216), "CR-AL", ("each map weighs", "the other's loss"), top=17),
+    Block((16,), (762, 346, 112, 102), "MLCM", (), top=15),
+    Block((17,), (30, 462, 232, 72), "Regularized translation",
           ("$G$, $D$: source images in", "the target's style"), top=18),
-    Block((11,), (300, 462, 250, 72), "Regularized self-training",
+    Block((18,), (300, 462, 250, 72), "Regularized self-training",
           (r"pseudo labels $\hat{Y}_t$ where the map", "asks for them"), top=18),
-    Block((12, 13), (606, 462, 268, 72), "Evaluation", ("one confusion matrix, IoU per class,", "mIoU, report"), top=18),
+    Block((20,), (606, 462, 268, 72), "Evaluation", ("one confusion matrix, IoU per class,", "mIoU"), top=18),
+)
+FRAMES = (  # what is around what: numbers, inset, y, fill and its head's, title, the gap to a text, the text
+    ((*range(60, 82),), 2, -54, ("#dde4eb", "#d1d9e3"), "Command line and study", 204,
+     "flags, experiments, statistics; the paper's tables beside ours"),
+    ((*range(50, 60),), 6, -24, ("#e6ebf0", "#dae1e9"), "adapt", 62, "runs, folders, reports, costs; your own method"),
+    ((*range(30, 50),), 10, 6, ("#eff2f6", "#e3e8ee"), "Methods", 82, "what is trained, from where, on what: MLAN below is one of many"),
+    ((*range(21, 30), 9), 14, 36, ("#ffffff", "#eef1f5"), "Lab and trainer", 128, "settings, one loop, stages that are kept under keys"),
 )
 
 
@@ -75,20 +83,22 @@ def rounded(ax: Axes, box: tuple, lit: bool, fill: str | None = None, zorder: fl
     ax.add_patch(FancyBboxPatch((x, y), w, h, style, fc=face, ec=edge, lw=2.2 if lit else 1.0, zorder=zorder))
 
 
-def badge(ax: Axes, x: float, y: float, numbers: tuple, lit: bool) -> None:
-    "The notebooks' numbers in a disc."
+def badge(ax: Axes, x: float, y: float, numbers: tuple, lit: int | None) -> None:
+    "A notebook's number in a disc, or the first and last of several."
+    numbers, lit = ((lit,), True) if lit in numbers else (numbers, False)
     ax.add_patch(Circle((x, y), 11, fc="white" if lit else mix(SOFT, 0.9), ec=LIT_EDGE if lit else "white",
                         lw=1.8 if lit else 1.2, zorder=8))
-    text, size = (f"{numbers[0]:02d}", 10) if len(numbers) == 1 else (f"{numbers[0]}-{numbers[-1]}", 7.5)
+    several = f"{numbers[0]}-{numbers[-1]}" if numbers[0] < 10 else f"{numbers[0]}+"
+    text, size = (f"{numbers[0]:02d}", 10) if len(numbers) == 1 else (several, 8)
     write(ax, x, y + 0.3, text, size, weight="bold", color=LIT_EDGE if lit else "white", zorder=9)
 
 
-def draw_block(ax: Axes, block: Block, lit: bool) -> None:
-    x, y, w, _ = block.box
-    rounded(ax, block.box, lit)
-    write(ax, x + w / 2, y + block.top, block.title, 13, weight="bold", color="white" if lit else INK)
+def draw_block(ax: Axes, block: Block, lit: int | None) -> None:
+    (x, y, w, _), on = block.box, lit in block.numbers
+    rounded(ax, block.box, on)
+    write(ax, x + w / 2, y + block.top, block.title, 13, weight="bold", color="white" if on else INK)
     for i, line in enumerate(block.lines):
-        write(ax, x + w / 2, y + block.top + 18 + 15 * i, line, 10.5, color="white" if lit else SOFT)
+        write(ax, x + w / 2, y + block.top + 18 + 15 * i, line, 10.5, color="white" if on else SOFT)
     if block.badge:
         badge(ax, x, y, block.numbers, lit)
 
@@ -151,13 +161,9 @@ def consistency_maps() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def draw_frames(ax: Axes, lit: int | None) -> None:
-    "The command line around run_mlan, run_mlan around the trainer, and the trainer around the method."
-    for numbers, inset, y, fills, (title, gap, text) in (
-            ((20, 21, 22, 23, 24, 25), 4, -24, ("#e6ebf0", "#dae1e9"),
-             ("Experiments and command line", 252, "run, compare, look inside; the paper's tables beside ours")),
-            ((16, 17, 18, 19), 9, 6, ("#eff2f6", "#e3e8ee"), ("run_mlan", 88, "stages, done once each")),
-            ((14, 15), 14, 36, ("#ffffff", "#eef1f5"), ("Trainer", 66, "settings, schedules, checkpoints"))):
-        w, h, on, depth = WIDTH - 2 * inset, HEIGHT - y - inset, lit in numbers, 0.4 - 0.02 * numbers[0]
+    "The command line around `adapt`, that around the methods, and these around lab and trainer, in which the parts of MLAN stand."
+    for order, (numbers, inset, y, fills, title, gap, text) in enumerate(FRAMES):
+        w, h, on, depth = WIDTH - 2 * inset, HEIGHT - y - inset, lit in numbers, 0.1 * order
         rounded(ax, (inset, y, w, h), False, fills[0], depth, radius=9)
         rounded(ax, (inset, y, w, 25), on, fills[1], depth + 0.01, radius=9)
         if on:
@@ -165,13 +171,13 @@ def draw_frames(ax: Axes, lit: int | None) -> None:
             ax.add_patch(around)
         write(ax, inset + 38, y + 12.5, title, 13, ha="left", weight="bold", color="white" if on else INK)
         write(ax, inset + 38 + gap, y + 13, text, 10.5, ha="left", color="white" if on else SOFT)
-        badge(ax, inset + 18, y + 12.5, numbers, on)
+        badge(ax, inset + 18, y + 12.5, numbers, lit)
 
 
 def draw_flows(ax: Axes, lit: int | None) -> None:
     "Arrows: source in blue, target in amber, what the maps weigh in dashed grey."
-    s, t, a = SOURCE, TARGET, LIT if lit == 8 else ALIGN
-    b = LIT if lit == 9 else ALIGN
+    s, t, a = SOURCE, TARGET, LIT if lit == 15 else ALIGN
+    b = LIT if lit == 16 else ALIGN
     for points, color in (
             ([(146, 164), (180, 164)], s), ([(146, 318), (180, 318)], t),                            # data
             ([(221, 108), (221, 101), (300, 101)], s), ([(506, 101), (627, 101), (627, 146)], s),      # region labels
@@ -187,51 +193,50 @@ def draw_flows(ax: Axes, lit: int | None) -> None:
         route(ax, points, color)
     route(ax, [(700, 170), (762, 170)], t)
     route(ax, [(700, 304), (762, 304)], t)
-    route(ax, [(762, 190), (700, 282)], a, True, 2.4 if lit == 8 else 1.6)
-    route(ax, [(762, 278), (700, 200)], a, True, 2.4 if lit == 8 else 1.6)
+    route(ax, [(762, 190), (700, 282)], a, True, 2.4 if lit == 15 else 1.6)
+    route(ax, [(762, 278), (700, 200)], a, True, 2.4 if lit == 15 else 1.6)
     route(ax, [(818, 324), (818, 346)], b, True)
     route(ax, [(762, 400), (728, 400), (728, 442), (225, 442), (225, 462)], b, True)
     route(ax, [(500, 442), (500, 462)], b, True)
 
 
-def draw_extractor(ax: Axes, on: bool) -> None:
-    "E as a funnel, and L_seg beside C_seg; the plates behind C_region are its other two levels."
+def draw_extractor(ax: Axes, lit: int | None) -> None:
+    "E as a funnel."
+    on = lit in (11, 22)
     ax.add_patch(Polygon([(300, 146), (364, 172), (364, 402), (300, 428)], fc=LIT if on else PALE, joinstyle="round",
                          ec=LIT_EDGE if on else PALE_EDGE, lw=2.2 if on else 1.0, zorder=3))
     write(ax, 332, 276, "$E$", 20, weight="bold", color="white" if on else INK)
     write(ax, 332, 300, "features", 10.5, color="white" if on else SOFT)
-    badge(ax, 302, 148, (5,), on)
-    rounded(ax, (554, 360, 146, 42), on)
-    write(ax, 627, 381, r"$L_\mathrm{seg}$: source labels", 10.5, color="white" if on else SOFT)
+    badge(ax, 302, 148, (11,) if lit != 22 else (22,), lit)
 
 
 def draw_pictures(ax: Axes, lit: int | None) -> None:
     "Small pictures inside the blocks: streets, labels and maps."
-    pale = {n: 1.0 if lit in (n, None) else 0.6 for n in (0, 8, 9)}
+    pale = {n: 1.0 if lit in (n, None) or (n, lit) in ((1, 2), (1, 3)) else 0.6 for n in (1, 15, 16)}
     photo, other = (("#9fc5ea", "#a4866b", "#5f9a55", "#6d7078", "#b6b1ab", "#c43c35"),
                     ("#c9c6bd", "#6d6157", "#4c5f46", "#47464a", "#7f7a74", "#5d6f8f"))
-    street(ax, (36, 134, 50, 42), photo, pale[0])
-    street(ax, (90, 134, 50, 42), (SKY, HOUSE, GREEN, ROAD, WALK, CAR), pale[0])
-    street(ax, (36, 288, 50, 42), other, pale[0])
+    street(ax, (36, 134, 50, 42), photo, pale[1])
+    street(ax, (90, 134, 50, 42), (SKY, HOUSE, GREEN, ROAD, WALK, CAR), pale[1])
+    street(ax, (36, 288, 50, 42), other, pale[1])
     ax.add_patch(Rectangle((90, 288), 50, 42, fc="white", ec=mix(INK, 0.55), lw=0.6, ls=(0, (3, 2)), zorder=6))
     write(ax, 115, 309, "?", 20, weight="bold", color=TARGET)
     for y, left, right in ((187, "images", "labels"), (341, "images", "no labels")):
         for x, text in ((61, left), (115, right)):
-            write(ax, x, y, text, 10, color="white" if lit == 0 else SOFT)
-    write(ax, 88, 205, "$X_s,\\ Y_s$", 11.5, color="white" if lit == 0 else SOURCE)
-    write(ax, 88, 359, "$X_t$", 11.5, color="white" if lit == 0 else TARGET)
+            write(ax, x, y, text, 10, color="white" if lit in (1, 2, 3) else SOFT)
+    write(ax, 88, 205, "$X_s,\\ Y_s$", 11.5, color="white" if lit in (1, 2, 3) else SOURCE)
+    write(ax, 88, 359, "$X_t$", 11.5, color="white" if lit in (1, 2, 3) else TARGET)
     region, image, multi = consistency_maps()
-    heat_map(ax, (778, 172, 80, 40), region, pale[8])
-    heat_map(ax, (797, 240, 42, 42), image, pale[8])
-    heat_map(ax, (778, 372, 80, 38), multi, pale[9])
+    heat_map(ax, (778, 172, 80, 40), region, pale[15])
+    heat_map(ax, (797, 240, 42, 42), image, pale[15])
+    heat_map(ax, (778, 372, 80, 38), multi, pale[16])
 
 
 def draw_words(ax: Axes, lit: int | None) -> None:
     "Names of the maps and of some arrows, and what the colours mean."
-    write(ax, 818, 223, r"$M_\mathrm{region}$", 11.5, color="white" if lit == 8 else INK)
-    write(ax, 818, 296, r"$M_\mathrm{image}$", 11.5, color="white" if lit == 8 else INK)
+    write(ax, 818, 223, r"$M_\mathrm{region}$", 11.5, color="white" if lit == 15 else INK)
+    write(ax, 818, 296, r"$M_\mathrm{image}$", 11.5, color="white" if lit == 15 else INK)
     for y, text in ((420, r"$M_\mathrm{multi} =$"), (436, r"$M_\mathrm{region} \times M_\mathrm{image}$")):
-        write(ax, 818, y, text, 11, color="white" if lit == 9 else INK)
+        write(ax, 818, y, text, 11, color="white" if lit == 16 else INK)
     for x, color, dashed, text in ((250, SOURCE, False, "source flow"), (390, TARGET, False, "target flow"),
                                    (530, ALIGN, True, "a map weighs a loss")):
         route(ax, [(x, 558), (x + 32, 558)], color, dashed)
@@ -245,17 +250,18 @@ def draw(lit: int | None) -> Figure:
     ax.axis("off")
     draw_frames(ax, lit)
     draw_flows(ax, lit)
-    for shift in (8, 4):
-        rounded(ax, (406 + shift, 146 - shift, 100, 90), lit == 5, zorder=2.8)
+    for shift in (8, 4):                                        # the plates behind C_region are its other two levels
+        rounded(ax, (406 + shift, 146 - shift, 100, 90), lit == 11, zorder=2.8)
     for block in BLOCKS:
-        draw_block(ax, block, lit in block.numbers)
-    draw_extractor(ax, lit == 5)
+        draw_block(ax, block, lit)
+    draw_extractor(ax, lit)
     draw_pictures(ax, lit)
     draw_words(ax, lit)
     return figure
 
 
-SHORTER = (  # what changes nothing in an SVG: clipping at the picture's edge, comments, long names, needless decimals
+SHORTER = (  # what changes nothing in an SVG: its type, clipping at the picture's edge, comments, long names, needless decimals
+    (r"<!DOCTYPE[^>]*>\s*", ""),
     (r' clip-path="[^"]*"|<!--.*?-->|; stroke-linejoin: miter', ""),
     (r'<g id="patch_\d+">\s*(<path[^>]*>)\s*</g>', r"\1"),
     (r"([1-9]\d*\.\d\d)\d+", r"\1"),
@@ -276,9 +282,13 @@ def shrink(path: Path) -> None:
 
 def main(folder: str | None = None) -> None:
     here = Path(__file__).resolve().parent
+    notebooks = (path.stem.partition("_") for path in here.parent.glob("[0-9]*.ipynb"))
+    pictures = {"pipeline": None} | {f"pipeline_{name}": int(number) for number, _, name in notebooks}
+    for old in here.glob("pipeline*.svg"):
+        if old.stem not in pictures:
+            old.unlink()
     with matplotlib.rc_context(SETTINGS):
-        for lit in (None, *range(26)):
-            name = "pipeline" if lit is None else f"pipeline_{lit:02d}"
+        for name, lit in pictures.items():
             figure = draw(lit)
             figure.savefig(here / f"{name}.svg", facecolor="white", metadata={"Date": None, "Creator": None})
             shrink(here / f"{name}.svg")
