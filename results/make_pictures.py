@@ -8,9 +8,9 @@ from pathlib import Path
 
 from make_tables import HERE, records
 
+from mlan.run_folder import load_pictures, save_pictures
 from mlan.study.diagnosis import without_photographs
-from mlan.study.experiments import PAIRS, Row, experiment_key, row_records
-from mlan.train import load_pictures, save_pictures
+from mlan.study.rows import PAIRS, Row, experiment_key, row_records
 
 METHODS = ("source_only", "rl_al", "il_al", "cr_al", "mlan")
 
@@ -20,14 +20,14 @@ def main(runs: Path):
     if not runs.is_dir():
         sys.exit(f"there is no folder {runs}; give the folder `runs` of `mlan experiments`")
     known = records()
-    for name, pair in PAIRS.items():
+    for pair in PAIRS:
         first = [r for m in METHODS for r in row_records(known, Row(m), pair) if r["seed"] == r["data_seed"] == 0 and r["miou"] is not None]
         files = [runs / f"{r['method']}-{experiment_key(r['settings'])}" / "pictures.npz" for r in first]
         if lacking := [r["method"] for r, file in zip(first, files) if not file.exists()] or {*METHODS} - {r["method"] for r in first}:
-            print(f"{name}: not made, for {runs} has no pictures of {', '.join(sorted(lacking))} at seed 0")
+            print(f"{pair}: not made, for {runs} has no pictures of {', '.join(sorted(lacking))} at seed 0")
             continue
-        save_pictures(HERE / f"pictures_{name}.npz", without_photographs(load_pictures(*files)))
-        print(f"{name}:", *(r["method"] for r in first))
+        save_pictures(HERE / f"pictures_{pair}.npz", without_photographs(load_pictures(*files)))
+        print(f"{pair}:", *(r["method"] for r in first))
 
 
 if __name__ == "__main__":

@@ -8,11 +8,10 @@ import sys
 from pathlib import Path
 
 from mlan.study.comparison import Table, ablation_figure
-from mlan.study.experiments import CONTROL_STEPS, PAIRS, Row, read_records, row_records, row_scores
+from mlan.study.evidence import ablation, condition_table, coverage_table, pairs_table, pretrained_table, search_table
 from mlan.study.paper_tables import PAPER_MIOU, STEPS
-from mlan.study.results import (
-    MAIN, ablation, condition_table, coverage_table, data_set_table, fair_table, findings, outcome_table, pairs_table, pretrained_table,
-    search_table)
+from mlan.study.rows import CONTROL_STEPS, PAIRS, Row, read_records, row_records, row_scores
+from mlan.study.verdicts import MAIN, data_set_table, fair_table, findings, outcome_table
 
 HERE = Path(__file__).parent
 BEGIN, END = "<!-- results: made by results/make_tables.py -->", "<!-- end of results -->"
@@ -36,7 +35,7 @@ def about(runs: list) -> str:
 def tables() -> str:
     "The main table, and what the records say."
     runs = records()
-    main, first = ablation(runs, "streets", MAIN, STEPS).methods, row_records(runs, Row("source_only"), PAIRS["streets"])
+    main, first = ablation(runs, "streets", MAIN, STEPS).methods, row_records(runs, Row("source_only"))
     return "\n\n".join([f"**{PAIRS['streets'].source} to {PAIRS['streets'].target}**, {about(first)}:", main.markdown(),
                         CLEARLY, findings(runs)])
 
@@ -61,7 +60,7 @@ def all_tables() -> str:
 
 def picture():
     "The staircase of Tables 1 and 2, the paper's beside ours."
-    scores = row_scores(records(), [Row(m) for m in PAPER_MIOU], PAIRS["streets"])
+    scores = row_scores(records(), [Row(m) for m in PAPER_MIOU])
     figure = ablation_figure(scores, PAPER_MIOU)
     figure.axes[1].set_title("ours ({0.source} to {0.target})".format(PAIRS["streets"]), loc="left", fontsize=10)
     return figure

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from mlan.study.comparison import (
-    Difference, Table, ablation_figure, ablation_table, class_table, holm, paired_difference, parameter_figure, rank_agreement,
-    rank_agreement_interval, scores_of, spread_of_curve, summary, verdict)
+from mlan.study.comparison import Table, ablation_figure, ablation_table, class_table, parameter_figure, spread_of_curve
+from mlan.study.statistics import (
+    Difference, holm, paired_difference, rank_agreement, rank_agreement_interval, scores_of, shown, summary, verdict)
 
 PAPER = {"source_only": 36.6, "rll": 39.3, "rl_al": 43.7, "cr_al": 49.1}
 SCORES = {"source_only": {(0, 0): 36., (0, 1): 38., (0, 2): 34.}, "rll": {(0, 0): 37., (0, 1): 39.5, (0, 2): 35.},
@@ -29,8 +29,8 @@ def record(method, seed=0, data_seed=0, miou=40., per_class=None):
 
 def test_records_are_grouped_by_key_and_seeds():
     records = [record("mlan", 1), record("rll", 0, 1, 36.), record("demo"), record("mlan", 0, 0, 41.)]
-    found = scores_of(records, lambda r: {"mlan": "MLAN", "rll": "RLL"}.get(r["method"]))
-    assert found == {"MLAN": {(0, 1): 40., (0, 0): 41.}, "RLL": {(1, 0): 36.}} and list(found) == ["MLAN", "RLL"]
+    result = scores_of(records, lambda r: {"mlan": "MLAN", "rll": "RLL"}.get(r["method"]))
+    assert result == {"MLAN": {(0, 1): 40., (0, 0): 41.}, "RLL": {(1, 0): 36.}} and list(result) == ["MLAN", "RLL"]
 
 
 @pytest.mark.parametrize("records, message", [
@@ -44,9 +44,9 @@ def test_twice_or_without_score_is_refused(records, message):
 
 
 def test_summary():
-    found = summary(iter([40., 42., 44., 46.]))  # squares 9, 1, 1, 9: 20 / 3
-    assert (found.mean, found.n) == (43., 4) and found.sd == pytest.approx(math.sqrt(20 / 3))
-    assert (found.told, summary([41.25]).sd, summary([41.16]).told, summary([])) == ("43.0 ± 2.6", None, "41.2", None)
+    result = summary(iter([40., 42., 44., 46.]))  # squares 9, 1, 1, 9: 20 / 3
+    assert (result.mean, result.n) == (43., 4) and result.sd == pytest.approx(math.sqrt(20 / 3))
+    assert (result.text, summary([41.25]).sd, summary([41.16]).text, summary([])) == ("43.0 ± 2.6", None, "41.2", None)
 
 
 # pairs
@@ -54,22 +54,22 @@ def test_summary():
 
 def test_t_interval_by_hand():
     "Differences 1, 2, 3: mean 2, standard deviation 1; t of two degrees of freedom at 97.5 % is 4.302653."
-    found = paired_difference({"a": runs(11., 22., 33.), "b": runs(10., 20., 30.)}, "a", "b")
-    assert (found.mean, found.sd, found.n) == (2., 1., 3)
-    assert (found.low, found.high) == pytest.approx((2 - 4.302653 / math.sqrt(3), 2 + 4.302653 / math.sqrt(3)), abs=1e-5)
-    assert found.told == "+2.0 [-0.5, +4.5]" and not found.clear
-    assert paired_difference({"a": runs(11., 22., 33.), "b": runs(10., 20., 30.)}, "b", "a").told == "-2.0 [-4.5, +0.5]"
+    result = paired_difference({"a": runs(11., 22., 33.), "b": runs(10., 20., 30.)}, "a", "b")
+    assert (result.mean, result.sd, result.n) == (2., 1., 3)
+    assert (result.low, result.high) == pytest.approx((2 - 4.302653 / math.sqrt(3), 2 + 4.302653 / math.sqrt(3)), abs=1e-5)
+    assert result.text == "+2.0 [-0.5, +4.5]" and not result.clear
+    assert paired_difference({"a": runs(11., 22., 33.), "b": runs(10., 20., 30.)}, "b", "a").text == "-2.0 [-4.5, +0.5]"
 
 
 @pytest.mark.parametrize("n", [2, 3, 6, 20])
 @pytest.mark.parametrize("level", [.9, .95, .99])
 def test_interval_and_p_value_are_those_of_the_paired_t_test(n, level):
     a, b = np.random.default_rng(n).normal(40, 1, (2, n))
-    found = paired_difference({"a": runs(*a), "b": runs(*b)}, "a", "b", level)
+    result = paired_difference({"a": runs(*a), "b": runs(*b)}, "a", "b", level)
     oracle = stats.ttest_rel(a, b)
-    assert (found.low, found.high) == pytest.approx(tuple(oracle.confidence_interval(level)), rel=1e-9)
-    assert found.p == pytest.approx(oracle.pvalue, rel=1e-9)
-    assert found.clear == (found.p < 1 - level)
+    assert (result.low, result.high) == pytest.approx(tuple(oracle.confidence_interval(level)), rel=1e-9)
+    assert result.p == pytest.approx(oracle.pvalue, rel=1e-9)
+    assert result.clear == (result.p < 1 - level)
 
 
 def test_pairs_matter():
@@ -85,29 +85,29 @@ def test_pairs_matter():
 def test_pairs_are_found_by_both_seeds_whatever_their_order():
     a = {(1, 0): 50., (0, 1): 41., (0, 0): 44.}
     b = {(0, 0): 40., (2, 0): 99., (1, 0): 40., (1, 1): 0.}
-    found = paired_difference({"a": a, "b": b}, "a", "b")
-    assert (found.mean, found.n) == (7., 2)  # 10 and 4
+    result = paired_difference({"a": a, "b": b}, "a", "b")
+    assert (result.mean, result.n) == (7., 2)  # 10 and 4
 
 
 def test_missing_seeds():
     assert paired_difference(SCORES, "rl_al", "rll") is None and paired_difference(SCORES, "rll", "nowhere") is None
-    assert paired_difference({"a": runs(1.), "b": runs(2., data_seed=1)}, "a", "b") is None
+    assert paired_difference({"a": runs(1.), "b": runs(2., data_seed=1)}, "a", "b") is None and shown(None) == "not run"
     one = paired_difference(SCORES, "cr_al", "rll")
-    assert one == Difference(3.5, None, None, 1, None) and one.told == "+3.5 (1 seed)"
+    assert one == Difference(3.5, None, None, 1, None) and one.text == "+3.5 (1 seed)"
     assert not one.clear and one.p is None
 
 
 def test_runs_that_agree_to_the_digit():
     same = paired_difference({"a": runs(40., 41.), "b": runs(40., 41.)}, "a", "b")
-    assert (same.told, same.clear, same.p) == ("0.0 [0.0, 0.0]", False, 1.)
+    assert (same.text, same.clear, same.p) == ("0.0 [0.0, 0.0]", False, 1.)
     moved = paired_difference({"a": runs(41., 42.), "b": runs(40., 41.)}, "a", "b")
     assert (moved.low, moved.high, moved.clear, moved.p) == (1., 1., True, 0.)
-    assert Difference(-.04, -.3, .004, 3, .1).told == "0.0 [-0.3, 0.0]"  # no minus before a zero
+    assert Difference(-.04, -.3, .004, 3, .1).text == "0.0 [-0.3, 0.0]"  # no minus before a zero
 
 
 def test_a_bound_near_zero_says_on_which_side_it_lies():
-    for low, told in ((-.011, "-0.01"), (.04, "+0.04"), (-.049, "-0.05"), (.06, "+0.1"), (-.96, "-1.0")):
-        assert Difference(.5, low, 1., 3, .3).told == f"+0.5 [{told}, +1.0]"
+    for low, bound in ((-.011, "-0.01"), (.04, "+0.04"), (-.049, "-0.05"), (.06, "+0.1"), (-.96, "-1.0")):
+        assert Difference(.5, low, 1., 3, .3).text == f"+0.5 [{bound}, +1.0]"
 
 
 # many comparisons
@@ -144,23 +144,23 @@ def test_holm_leaves_single_seeds_out():
 
 def test_tau_against_a_count_by_hand():
     paper, ours = dict(a=1., b=2., c=3., d=4., e=5.), dict(e=9., a=2., b=1., d=3., c=5.)
-    found = rank_agreement(paper, ours)  # b-a and d-c turned: 8 alike, 2 otherwise
-    assert found.tau == pytest.approx(.6) and found.n == 5 and set(found.swapped) == {("b", "a"), ("d", "c")}
-    assert found.p == pytest.approx(stats.kendalltau([1, 2, 3, 4, 5], [2, 1, 5, 3, 9], method="exact").pvalue)
+    result = rank_agreement(paper, ours)  # b-a and d-c turned: 8 alike, 2 otherwise
+    assert result.tau == pytest.approx(.6) and result.n == 5 and set(result.swapped) == {("b", "a"), ("d", "c")}
+    assert result.p == pytest.approx(stats.kendalltau([1, 2, 3, 4, 5], [2, 1, 5, 3, 9], method="exact").pvalue)
 
 
 def test_tau_with_ties_by_hand():
     "a = b in the paper, c = d in ours: of 6 pairs 4 alike, none otherwise; tau-b divides by sqrt(5 x 5)."
-    found = rank_agreement(dict(a=1., b=1., c=3., d=4.), dict(a=1., b=2., c=3., d=3.))
-    assert found.tau == pytest.approx(4 / 5) and found.swapped == []
+    result = rank_agreement(dict(a=1., b=1., c=3., d=4.), dict(a=1., b=2., c=3., d=3.))
+    assert result.tau == pytest.approx(4 / 5) and result.swapped == []
     assert rank_agreement(dict(a=1., b=1., c=2.), dict(a=3., b=2., c=1.)).swapped == [("c", "a"), ("c", "b")]
 
 
 def test_tau_takes_shared_rows_only():
-    found = rank_agreement(PAPER, {"source_only": 30., "cr_al": 40., "fda": 99.})
-    assert (found.tau, found.n) == (1., 2)
+    result = rank_agreement(PAPER, {"source_only": 30., "cr_al": 40., "fda": 99.})
+    assert (result.tau, result.n) == (1., 2)
     assert rank_agreement(PAPER, {"fda": 99.}).tau is None and rank_agreement(PAPER, {"rll": 1., "cr_al": 1.}).tau is None
-    assert "no order" in rank_agreement({}, {}).told
+    assert "no order" in rank_agreement({}, {}).text
 
 
 def test_exact_p_value_counts_orders():
@@ -201,7 +201,7 @@ def example_tables():
 
 def test_rows_that_were_not_run_stay_in_the_tables():
     methods, comparisons = example_tables()
-    assert [row[0] for row in methods.rows] == ["Baseline", "RLL", "RL-AL", "CR-AL", "FDA"]
+    assert [row[0] for row in methods.rows] == ["Baseline", "RLL", "RL-AL", "CR-AL", "FDA, images only"]
     assert methods.rows[2] == ("RL-AL", "43.7", "+7.1", "not run", "0", "not run")
     assert comparisons.rows[1] == ("RL-AL against RLL", "+4.4", "not run", "not run", "")
     bare = ablation_table({}, PAPER, "source_only", [("cr_al", "rll")], {})
@@ -213,7 +213,7 @@ def test_ablation_table_tells_what_was_measured():
     assert methods.rows[0] == ("Baseline", "36.6", "", "36.0 ± 2.0", "3", "")
     assert methods.rows[1] == ("RLL", "39.3", "+2.7", "37.2 ± 2.3", "3", "+1.2 [+0.4, +1.9]")
     assert methods.rows[3] == ("CR-AL", "49.1", "+12.5", "43.0", "1", "+5.0 (1 seed)")
-    assert methods.rows[4] == ("FDA", "", "", "34.7 ± 2.5", "3", "-1.3 [-2.8, +0.1]")
+    assert methods.rows[4] == ("FDA, images only", "", "", "34.7 ± 2.5", "3", "-1.3 [-2.8, +0.1]")
     assert [row[3:] for row in comparisons.rows] == [
         ("reproduced", "clear"), ("not run", ""), ("open", ""), ("open", "not clear")]
     assert comparisons.heads[-1] == "among all 2 (Holm)"
@@ -292,7 +292,7 @@ def test_ablation_figure_with_missing_rows():
     size, texts = drawn(figure)
     assert size > 5000 and texts.count("not run") == 1 and texts.count("not in the paper") == 1
     assert texts[:4] == ["36.6", "39.3", "43.7", "49.1"] and "37.2" in texts
-    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["Baseline", "RLL", "RL-AL", "CR-AL", "FDA"]
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["Baseline", "RLL", "RL-AL", "CR-AL", "FDA, images only"]
 
 
 def test_ablation_panels_start_alike_and_hide_nothing():

@@ -12,17 +12,20 @@ from scipy.stats import mannwhitneyu, rankdata
 from sklearn.metrics import precision_score
 
 from mlan.consistency_map import ConsistencyMaps
-from mlan.study.diagnosis import (Examination, add_photographs, critic_curve, diagnose, error_curve, examine, figure_4,
-                            label_quality, map_figure, map_report, prediction_measures, pseudo_label_figure, pseudo_label_rows,
-                            error_agreement, region_index, region_mean, region_measures, relation_shares, without_photographs)
+from mlan.lab import Lab
+from mlan.methods import make_setup
 from mlan.pairs import open_pair
 from mlan.region_labels import class_histogram, region_grid
+from mlan.run_folder import load_pictures, picture_rows, save_pictures
 from mlan.samples import Samples
 from mlan.self_training import label_target
-from mlan.settings import make_settings
-from mlan.stages import Run, in_order, walk
 from mlan.streets import Streets
-from mlan.train import load_pictures, picture_rows, save_pictures
+from mlan.study.diagnosis import (
+    add_photographs, figure_4, map_figure, pseudo_label_figure, relation_figure, relation_shares, without_photographs)
+from mlan.study.examination import (
+    Examination, critic_curve, diagnose, error_agreement, error_curve, examine, label_quality, map_report, prediction_measures,
+    pseudo_label_rows, region_index, region_mean, region_measures, trained_alignment)
+from mlan.views import View
 
 FEW = dict(size=(32, 64), target_size=(32, 64), n_source=40, n_target=16, n_val=4, n_test=12, min_samples=3, warmup_steps=20, steps=6,
            schedule_steps=6, ramp_steps=2, critic_width=4, batch_size=3, translation_steps=3, translation_width=4, translation_batch=2,
@@ -35,10 +38,19 @@ def stages(tmp_path_factory):
     return tmp_path_factory.mktemp("stages")
 
 
-def walked(method, stages, **change):
-    settings = make_settings(*PAIR, method, **{**FEW, **change})
-    run = Run(settings, open_pair(settings), stages)
-    return run, walk(run)
+def walked(method, stages):
+    "A lab with which the recipe was called, and the network."
+    own = make_setup(*PAIR, method).values
+    setup = make_setup(*PAIR, method, **{name: value for name, value in FEW.items() if name in own})
+    lab = Lab(setup.settings, open_pair(setup.settings), stages)
+    return lab, lab.bench.net(setup.recipe(lab))
+
+
+def beside(lab, **changes):
+    "The same lab on other data."
+    other = Lab(lab.s, replace(lab.data, **changes), lab.stages)
+    other.made = lab.made
+    return other
 
 
 @pytest.fixture(scope="module")
@@ -124,17 +136,17 @@ def correlation(*columns):
 @pytest.mark.parametrize("seed", range(4))
 def test_agreement_against_ranks_by_hand(seed):
     values, error, doubt = random_measures(seed)
-    found, known = error_agreement(values, error, doubt), ~np.isnan(error)
-    assert found["regions"] == pytest.approx(correlation(values[known], error[known]))
+    result, known = error_agreement(values, error, doubt), ~np.isnan(error)
+    assert result["regions"] == pytest.approx(correlation(values[known], error[known]))
     images = [i for i in range(len(error)) if known[i].any()]
     assert len(images) == 8
-    assert found["within"] == pytest.approx(np.mean([correlation(values[i][known[i]], error[i][known[i]]) for i in images]))
+    assert result["within"] == pytest.approx(np.mean([correlation(values[i][known[i]], error[i][known[i]]) for i in images]))
     between = ([m[i][known[i]].mean() for i in images] for m in (values, error))
-    assert found["between"] == pytest.approx(correlation(*between))
+    assert result["between"] == pytest.approx(correlation(*between))
     m, e = values[known], error[known]
     bad = e > np.median(e)
     u = mannwhitneyu(m[bad], m[~bad]).statistic
-    assert found["auc"] == pytest.approx(u / bad.sum() / (~bad).sum())
+    assert result["auc"] == pytest.approx(u / bad.sum() / (~bad).sum())
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -152,8 +164,8 @@ def test_partial_correlation_against_residuals(seed):
                                            (np.random.rand(1, 1, 1), np.random.rand(1, 1, 1)),
                                            (np.random.rand(2, 2, 2), np.full((2, 2, 2), np.nan))])
 def test_what_is_undefined_is_none_and_nothing_warns(values, error):
-    found = error_agreement(values, error, values)
-    assert found["regions"] is found["within"] is found["between"] is found["beyond_entropy"] is None
+    result = error_agreement(values, error, values)
+    assert result["regions"] is result["within"] is result["between"] is result["beyond_entropy"] is None
 
 
 def test_between_needs_more_than_hard_images_and_within_more_than_hard_regions():
@@ -183,29 +195,29 @@ def test_label_quality_against_scikit_learn():
     rng = np.random.default_rng(0)
     truth, given = rng.integers(0, 6, (4, 20, 30)), rng.integers(0, 7, (4, 20, 30))
     truth[rng.random(truth.shape) < .2], given[rng.random(truth.shape) < .4] = 255, 255
-    found = label_quality(torch.tensor(given, dtype=torch.uint8), torch.tensor(truth, dtype=torch.uint8), 7)
+    result = label_quality(torch.tensor(given, dtype=torch.uint8), torch.tensor(truth, dtype=torch.uint8), 7)
     both = (truth != 255) & (given != 255)
     precision = precision_score(truth[both], given[both], labels=range(7), average=None, zero_division=0)
-    np.testing.assert_allclose(found["class_accuracy"], precision, rtol=1e-6)
-    np.testing.assert_allclose(found["class_coverage"][:6], [(given[truth == c] != 255).mean() for c in range(6)], rtol=1e-6)
-    np.testing.assert_allclose(found["class_share"], [(given == c).mean() for c in range(7)], rtol=1e-6)
-    assert math.isnan(found["class_coverage"][6])                # no such pixel
-    assert found["coverage"] == pytest.approx((given != 255).mean())
-    assert found["accuracy"] == pytest.approx((truth == given)[both].mean())
+    np.testing.assert_allclose(result["class_accuracy"], precision, rtol=1e-6)
+    np.testing.assert_allclose(result["class_coverage"][:6], [(given[truth == c] != 255).mean() for c in range(6)], rtol=1e-6)
+    np.testing.assert_allclose(result["class_share"], [(given == c).mean() for c in range(7)], rtol=1e-6)
+    assert math.isnan(result["class_coverage"][6])                # no such pixel
+    assert result["coverage"] == pytest.approx((given != 255).mean())
+    assert result["accuracy"] == pytest.approx((truth == given)[both].mean())
 
 
 def test_pseudo_labels_are_those_of_the_network_on_the_test_images(cr_al, seen):
-    run, net = cr_al
-    samples = Samples(run.data.test, run.s.target_size, run.data.lut)
+    lab, net = cr_al
+    test = View(Samples(lab.data.test, lab.s.target_size, lab.data.lut), "test")
     rows = {r["kind"]: r for r in pseudo_label_rows(seen, (.35,))}
     for kind, maps in (("ST", None), ("RST", seen.multi)):
-        made = label_target(net.eval(), lambda: in_order(samples, "cpu"), .35, maps)
+        made = label_target(net.eval(), lambda: test.in_order("cpu"), .35, maps)
         again = label_target(lambda z: z, seen.full_logits, .35, maps)
         torch.testing.assert_close(made.thresholds, again.thresholds)
         assert (made.labels == again.labels).all()
         assert rows[kind]["coverage"] == pytest.approx(made.coverage, abs=1e-6)
         assert rows[kind]["accuracy"] == pytest.approx(label_quality(made.labels, seen.labels, 19)["accuracy"])
-    on_train = label_target(net.eval(), lambda: in_order(run.data.target, "cpu"), .35)
+    on_train = label_target(net.eval(), lambda: lab.target.in_order("cpu"), .35)
     assert (on_train.thresholds != label_target(lambda z: z, seen.full_logits, .35).thresholds).any()
 
 
@@ -230,13 +242,11 @@ def test_a_map_that_is_the_error_chooses_wrong_labels_at_equal_coverage():
 # a whole run
 
 def test_labels_larger_than_the_input_are_resized_without_inventing_classes(cr_al):
-    run, net = cr_al
-    other = Run(run.s, replace(run.data, test=Streets("camera", "test", (96, 200), n=5)), run.stages)
-    other.aligned = run.aligned
+    other = beside(cr_al[0], test=Streets("camera", "test", (96, 200), n=5))
     labels = examine(other).labels
     for i in range(5):
         raw = Image.fromarray(other.data.test.labels(i)).resize((64, 32), Image.Resampling.NEAREST)
-        np.testing.assert_array_equal(labels[i], run.data.lut[np.array(raw)])
+        np.testing.assert_array_equal(labels[i], other.data.lut[np.array(raw)])
 
 
 def test_errors_of_regions_add_up_to_the_error_of_pixels(seen):
@@ -249,36 +259,35 @@ def test_errors_of_regions_add_up_to_the_error_of_pixels(seen):
 
 
 def test_a_diagnosis_is_small_plain_and_repeatable(cr_al):
-    run, _ = cr_al
     state = torch.get_rng_state()
-    found = diagnose(run, portions=(.2, .5))
+    result = diagnose(cr_al[0], portions=(.5, .35, .2, .5))
     assert torch.equal(state, torch.get_rng_state())             # it takes nothing from the run's random numbers
     torch.rand(3)
-    assert diagnose(run, portions=(.2, .5)) == found
-    text = json.dumps(found, allow_nan=False)
-    assert json.loads(text) == found and len(text) < 30_000
-    assert sorted({r["portion"] for r in found["pseudo_labels"]["rows"]}) == [.2, .35, .5]
-    assert found["critic"]["critic"]["step"][-1] == 6 and found["critic"]["val"]["step"] == [3, 6]
-    assert map_figure(found) and len(pseudo_label_figure(found, .35).axes) == 3
+    assert diagnose(cr_al[0], portions=(.2, .35, .5)) == result
+    text = json.dumps(result, allow_nan=False)
+    assert json.loads(text) == result and len(text) < 30_000
+    assert sorted({r["portion"] for r in result["pseudo_labels"]["rows"]}) == [.2, .35, .5]
+    assert result["critic"]["critic"]["step"][-1] == 6 and result["critic"]["val"]["step"] == [3, 6]
+    assert map_figure(result) and len(pseudo_label_figure(result, .35).axes) == 3
 
 
 def test_of_two_alignments_the_last_is_diagnosed(stages):
-    run, _ = walked("mlan", stages)
-    rows = [r for r in run.logs if r["stage"] == "align_translated"]
-    assert diagnose(run, (.5,))["critic"]["critic"]["target_log_c"] == [round(r["health/target_log_c"], 4) for r in rows
+    lab, _ = walked("mlan", stages)
+    rows = [r for r in lab.logs if r["stage"] == "align_translated"]
+    assert trained_alignment(lab)[0] == "align_translated"
+    assert diagnose(lab, (.5,))["critic"]["critic"]["target_log_c"] == [round(r["health/target_log_c"], 4) for r in rows
                                                                        if "health/target_log_c" in r]
 
 
 def test_a_run_that_cannot_be_diagnosed_is_refused(cr_al, stages):
-    run, _ = cr_al
-    with pytest.raises(ValueError, match="'rl_al' has left no C_region and C_image"):
-        diagnose(walked("rl_al", stages)[0])
-    with pytest.raises(ValueError, match="walk a run of 'cr_al' first"):
-        diagnose(Run(run.s, run.data, stages))                   # not walked yet
-    other = Run(run.s, replace(run.data, test=None), stages)
-    other.aligned = run.aligned
+    lab, _ = cr_al
+    for method in ("rl_al", "source_only"):
+        with pytest.raises(ValueError, match=f"'{method}' has left no C_region and C_image"):
+            diagnose(walked(method, stages)[0])
+    with pytest.raises(ValueError, match="call the recipe of 'cr_al' with a lab first"):
+        diagnose(Lab(lab.s, lab.data, stages))                   # its recipe was not called yet
     with pytest.raises(ValueError, match="streets:camera has no labels"):
-        diagnose(other)
+        diagnose(beside(lab, test=None))
     with pytest.raises(ValueError, match="no pixel of the test split is labelled"):
         map_report({"error": np.full((1, 2, 2), np.nan), "entropy": np.ones((1, 2, 2))})
 
@@ -294,38 +303,39 @@ def test_the_critic_is_thinned_with_both_ends():
 # pictures
 
 def test_kept_pictures_hold_neither_photograph_nor_truth(cr_al, tmp_path):
-    run, net = cr_al
-    save_pictures(tmp_path / "p.npz", without_photographs(picture_rows(run, net, 2)))
+    lab, net = cr_al
+    save_pictures(tmp_path / "p.npz", without_photographs(picture_rows(lab, net, "CR-AL", 2)))
     with np.load(tmp_path / "p.npz") as f:
         assert sum(f[k].size for k in f.files if "image" in k.lower().split("/")) == 0
         assert not any("truth" in k for k in f.files)
         assert {f[k].dtype for k in f.files if "/map/" in k} == {np.dtype(np.float16)}
         assert {f[k].dtype for k in f.files if "/prediction/" in k} == {np.dtype(np.uint8)}
     rows = load_pictures(tmp_path / "p.npz")
-    whole = add_photographs(rows, run.data.test, run.data.lut)
+    whole = add_photographs(rows, lab.data.test, lab.data.lut)
     for row, i in zip(whole, (0, 11)):
-        np.testing.assert_array_equal(row.image, run.data.test.image(i))
-        np.testing.assert_array_equal(row.truth, run.data.lut[run.data.test.labels(i)])
-    assert run.data.test.n == 12                                 # the run's own split is untouched
+        np.testing.assert_array_equal(row.image, lab.data.test.image(i))
+        np.testing.assert_array_equal(row.truth, lab.data.lut[lab.data.test.labels(i)])
+    assert lab.data.test.n == 12                                 # the run's own split is untouched
 
 
 def test_figure_4_with_and_without_the_data_set(cr_al):
-    run, net = cr_al
-    rows = without_photographs(picture_rows(run, net, 2))
-    photographs = add_photographs(rows, run.data.test, run.data.lut)
-    without, whole = (figure_4(r, {"cr_al": rows}, run.data.colors, run.data.classes) for r in (rows, photographs))
+    lab, net = cr_al
+    rows = without_photographs(picture_rows(lab, net, "cr_al", 2))                   # by name, as older files have it, or by title
+    photographs = add_photographs(rows, lab.data.test, lab.data.lut)
+    without, whole = (figure_4(r, {"cr_al": rows}, lab.data.colors, lab.data.classes) for r in (rows, photographs))
     assert [ax.get_title() for ax in without.axes] == ["CR-AL", ""] and [len(ax.images) for ax in without.axes] == [1, 1]
     assert [ax.get_title() for ax in whole.axes[:3]] == ["target image", "truth", "CR-AL"]
     assert [len(ax.images) for ax in whole.axes] == [1] * 6
     half = figure_4([replace(photographs[0], truth=None), photographs[1]], {"cr_al": rows})
     assert [len(ax.images) for ax in half.axes] == [1, 0, 1, 1, 1, 1]                # the column stays for the other row
-    predicted = {run.data.classes[c] for row in rows for c in np.unique(row.predictions["cr_al"])}
+    predicted = {lab.data.classes[c] for row in rows for c in np.unique(row.predictions["cr_al"])}
     assert {t.get_text() for t in without.legends[0].get_texts()} == predicted
 
 
 def test_relations_are_named_by_what_they_hold(cr_al):
-    run, _ = cr_al
-    for level in range(3):
-        shares = relation_shares(run, level)
-        assert [s for _, s in shares] == sorted((s for _, s in shares), reverse=True)
-        assert sum(s for _, s in shares) == pytest.approx((run.regions[level] != 255).double().mean().item())
+    regions = cr_al[0].made["regions"].value
+    for level, labels in enumerate(regions["labels"]):
+        shares = relation_shares(cr_al[0], make_setup(*PAIR, "cr_al").recipe.patches, level)
+        assert [s for _, s in shares] == sorted((s for _, s in shares), reverse=True) and len(shares) <= regions["n"][level]
+        assert sum(s for _, s in shares) == pytest.approx((labels != 255).double().mean().item())
+    assert len(relation_figure(shares).axes[0].patches) == min(16, len(shares))
