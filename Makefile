@@ -5,7 +5,7 @@
 # Both commands make .venv and install into it once, and again when a file that says what to install has changed.
 # make PYTHON=/path/to/python3.12 ...   chooses the interpreter that .venv is made with
 # make test SLOW=--slow                 runs the slow tests of tests/ too
-# make test WORKERS=1                   tests one notebook at a time
+# make test WORKERS=1                   tests one notebook, and runs one test, at a time
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -34,7 +34,7 @@ test: $(STAMP)
 	$(call gate,ruff,$(BIN)/ruff check .)
 	$(call gate,house: numbering; notebooks clean; package in step,$(BIN)/python -m pytest -q tests/test_house.py)
 	$(call gate,notebooks,OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers $(WORKERS) --do_print --timing)
-	$(call gate,tests,$(BIN)/python -m pytest tests $(SLOW))
+	$(call gate,tests,OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n $(WORKERS) --dist worksteal $(SLOW))
 
 $(STAMP): settings.ini setup.py pyproject.toml constraints.txt
 	@test -x $(BIN)/python || { p="$(PYTHON)"; \

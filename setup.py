@@ -25,7 +25,7 @@ setup(
     packages=find_packages(include=["mlan", "mlan.*"]),
     python_requires=f">={settings['min_python']},<{settings['below_python']}",
     install_requires=settings["requirements"].split(),
-    extras_require={extra: settings[f"{extra}_requirements"].split() for extra in ("dev", "tensorboard")},
+    extras_require={extra: settings[f"{extra}_requirements"].split() for extra in ("dev", "tensorboard", "timm")},
     entry_points={"console_scripts": settings["console_scripts"].split()},
     zip_safe=False,
 )
