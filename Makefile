@@ -34,7 +34,7 @@ test: $(STAMP)
 	$(call gate,ruff,$(BIN)/ruff check .)
 	$(call gate,house: numbering; notebooks clean; package in step,$(BIN)/python -m pytest -q tests/test_house.py)
 	$(call gate,notebooks,OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers $(WORKERS) --do_print --timing)
-	$(call gate,tests,OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests -n $(WORKERS) --dist worksteal $(SLOW))
+	$(call gate,tests,OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --ignore tests/test_house.py -n $(WORKERS) --dist worksteal $(SLOW))
 
 $(STAMP): settings.ini setup.py pyproject.toml constraints.txt
 	@test -x $(BIN)/python || { p="$(PYTHON)"; \

@@ -769,6 +769,7 @@ def test_resnet_features_transfer_to_real_images_if_normalised_as_trained(mlan_d
     assert right > 70 and right > wrong + 8 and right > random + 6
 
 
+@pytest.mark.slow
 @pytest.mark.data
 def test_vgg_features_transfer_to_real_images_if_normalised_as_trained(mlan_data):
     train, test = (frames(mlan_data / "camvid", *which) for which in (("train", 30), ("test", 15)))
