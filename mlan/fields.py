@@ -11,6 +11,7 @@ import ast
 import math
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal, get_args, get_origin, get_type_hints
@@ -98,14 +99,21 @@ class Declared:
     choices: tuple = ()  # of a Literal
 
 # %% ../nbs/09_fields.ipynb #41ec325e
-def source_of(module: str) -> str:
-    "A module's text; the module is not imported."
-    return Path(find_spec(module).origin).read_text(encoding="utf-8")
+@cache
+def _parsed(path: str, changed: int) -> tuple:
+    text = Path(path).read_text(encoding="utf-8")
+    return text, ast.parse(text)
+
+
+def source_of(module: str) -> tuple:  # its text, and that parsed
+    "What a module says; it is not imported, and parsed once."
+    path = find_spec(module).origin
+    return _parsed(path, Path(path).stat().st_mtime_ns)
 
 
 def defined_in(name: str, module: str) -> str | None:  # None: neither in its package nor in this one
     "The module that a module has a name from."
-    for node in ast.parse(source_of(module)).body:
+    for node in source_of(module)[1].body:
         if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == name:
             return module
         if isinstance(node, ast.ImportFrom) and name in {a.name for a in node.names}:
@@ -117,8 +125,8 @@ def declared(module: str, name: str) -> list:  # of Declared, bases first
     "The fields of a dataclass that a module has, read from its source; none for what is no class."
     if (place := defined_in(name, module)) is None:
         return []
-    text = source_of(place)
-    own = next((n for n in ast.parse(text).body if isinstance(n, ast.ClassDef) and n.name == name), None)
+    text, tree = source_of(place)
+    own = next((n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == name), None)
     if own is None:                                          # a function
         return []
     group = (ast.get_docstring(own) or name).splitlines()[0]

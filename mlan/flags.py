@@ -27,7 +27,7 @@ class ListedMethod(NamedTuple):
 
 def listed_methods(module: str = "mlan.methods") -> dict:  # {name: ListedMethod}
     "The entries of METHODS."
-    entries = next(n.value for n in ast.parse(source_of(module)).body if isinstance(n, ast.Assign) and n.targets[0].id == "METHODS")
+    entries = next(n.value for n in source_of(module)[1].body if isinstance(n, ast.Assign) and n.targets[0].id == "METHODS")
     return {ast.literal_eval(name): _listed(*entry.args) for name, entry in zip(entries.keys, entries.values)}
 
 
@@ -55,7 +55,7 @@ def _profile_values(module: str, kind: str, profile: str) -> dict:
     "The entry of a dataclass's `profiles`, written out beside it or under a name."
     if (place := defined_in(kind, module)) is None:
         return {}
-    nodes = ast.parse(source_of(place)).body
+    nodes = source_of(place)[1].body
     named = {n.targets[0].id: n.value for n in nodes if isinstance(n, ast.Assign) and isinstance(n.targets[0], ast.Name)}
     own = next((n for n in nodes if isinstance(n, ast.ClassDef) and n.name == kind), None)
     for line in own.body if own else ():
