@@ -90,7 +90,7 @@ class CountingLab(Lab):
 
     def train(self, stage, objective, start, source, target=None, **how):
         how = training(self.s, **how)
-        key = self._key(stage, objective, start, source, target, how)
+        key = self._key_of_training(stage, objective, start, source, target, how)
         kept = Would(key, self._path(stage, key, ".pt"), objective=objective, like=lambda: _states(self, start, objective))
         self.planned.append(Planned(stage, kept, how, start, (source, target)))
         return kept

@@ -134,8 +134,10 @@ class _Stages:
         team = [self.team.num_processes] * (self.team.num_processes > 1)         # they share a batch
         return digest(json.dumps([key_of(part) for part in parts] + team))
 
-    def _path(self, stage, key, suffix) -> Path:
-        return self.stages / f"{stage}-{key}{suffix}"
+    def _key_of_training(self, *parts) -> str:               # what trains counts, whatever the objective
+        return self._key(*parts, [code_of(part) for part in (Step, Draws, Segmenter)])
+
+    def _path(self, stage, key, suffix) -> Path: return self.stages / f"{stage}-{key}{suffix}"
 
     def _once(self, stage: str, kept: Kept, work: Callable) -> Kept:
         "Do the work unless its outcome is there; note how long the attempt took that finished it, and by which commit."
@@ -182,7 +184,7 @@ class Lab(_Looks, _Stages):
               ) -> Trained:
         "What a loop makes of a net and an objective: trained once, then found."
         how = training(self.s, **how)
-        key = self._key(stage, objective, start, source, target, how, [code_of(part) for part in (Step, Draws, Segmenter)])
+        key = self._key_of_training(stage, objective, start, source, target, how)
         kept = Trained(key, self._path(stage, key, ".pt"), objective=objective)
         return self._once(stage, kept, lambda: _train(self, stage, kept, start, (source, target), how))
 

@@ -10,7 +10,7 @@ from few import FEW, OWN, PAIR, few
 from mlan.backbones import weights_digest
 from mlan.counting import CountingLab
 from mlan.fields import declared
-from mlan.lab import Lab, training, warm_up
+from mlan.lab import Fresh, Lab, training, warm_up
 from mlan.methods import METHODS, make_setup, own_values
 from mlan.multi_level import MLAN
 from mlan.objective import Supervised
@@ -267,3 +267,11 @@ def test_a_fresh_network_has_the_key_of_all_that_makes_it(tmp_path):
 def test_each_reading_of_rst_chooses_other_pixels(tmp_path):
     readings = [keys("mlan", tmp_path, rst_reading=reading)["pseudo_labels_0"] for reading in ("portion", "threshold", "turned")]
     assert len({*readings}) == 3 and readings[2] != keys("mlan", tmp_path, self_train="plain")["pseudo_labels_0"]
+
+
+def test_a_lab_that_counts_gives_the_keys_of_one_that_trains(tmp_path, monkeypatch):
+    monkeypatch.setattr(Lab, "fresh", Fresh(["fresh"]))                # the counting lab's has no weights' digest
+    setup = make_setup(*PAIR, "cr_al+st", **few("cr_al+st"))
+    lab = CountingLab(setup.settings, opened(*((name, getattr(setup.settings, name)) for name in OF_DATA)))
+    setup.recipe(lab)
+    assert {planned.stage: planned.kept.key for planned in lab.planned} == keys("cr_al+st", tmp_path)
