@@ -46,7 +46,7 @@ def command_run(args) -> None:
 # %% ../nbs/71_command_line.ipynb #1a3e3516
 def command_check(args) -> None:
     "Read the files of a data set; print what is there, split by split."
-    from mlan.checks import check_dataset
+    from mlan.checks import check_dataset, in_short
     from mlan.layouts import MissingSplit, open_dataset
     for split in args.splits or ("train", "val", "test"):
         try:
@@ -57,8 +57,7 @@ def command_check(args) -> None:
             print(f"{args.data} {split}: {error}")
             continue
         checked = check_dataset(ds, decode=args.decode, progress=not args.quiet)
-        labels = "labelled" if checked["labelled"] else "no labels"
-        print(f"{args.data} {split}: {checked['n']} images, {checked['checked']} read, sizes {checked['sizes']}, {labels}")
+        print(f"{args.data} {split}: {in_short(checked)}")
         if checked["labelled"]:
             shares = [f"{name} {share:.1%}" for name, share in checked["classes"].items()]
             print("  " + ", ".join([*shares, f"ignored {checked['ignored']:.1%}"]))

@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .backbones import backbone_name, build_extractor
-from .checks import check_dataset
+from .checks import check_dataset, in_short
 from .counting import CountingLab, Planned
 from .keys import key_of
 from .lab import training
@@ -199,9 +199,7 @@ class DryRun:
 
     def __str__(self) -> str:
         lines = [textwrap.fill("settings: " + ", ".join(f"{k} {v}" for k, v in self.setup.values.items() if v != ""), 110), "", "data:"]
-        for split, checked in self.data.items():
-            labels = "labelled" if checked["labelled"] else "no labels"
-            lines.append(f"  {split:8} {checked['n']} images, {checked['checked']} read, sizes {checked['sizes']}, {labels}")
+        lines += [f"  {split:8} {in_short(checked)}" for split, checked in self.data.items()]
         scored = f"  scored on {len(self.classes)} classes: {', '.join(self.classes)}"
         lines += [textwrap.fill(scored, 110, subsequent_indent="    "), "", "stages (estimates):"]
         lines += [f"  {e.stage:18} {e.amount:16} {_duration(e.seconds):>9}{f' {e.gib:6.1f} GiB' * (e.gib > 0)}" for e in self.stages]

@@ -13,10 +13,15 @@ OWN = dict(min_samples=3, critic_width=4, translation_steps=3, translation_width
            portions=(0.4, 0.5), betas=(0.02, 0.09), band_steps=3)
 
 
-def few(method: str, **changes) -> dict:
-    "Settings for a method of METHODS, with its own fields and no other's."
+def fitting(method: str, **values) -> dict:
+    "Those of some values that a method of METHODS has: settings and its own fields."
     known = {f.name for f in fields(Settings)} | {*own_values(METHODS[method].recipe)}
-    return {name: value for name, value in {**FEW, **OWN, **changes}.items() if name in known}
+    return {name: value for name, value in values.items() if name in known}
+
+
+def few(method: str, **changes) -> dict:
+    "The smallest run's settings for a method."
+    return fitting(method, **{**FEW, **OWN, **changes})
 
 
 @contextmanager

@@ -230,9 +230,12 @@ def test_files_that_do_not_fit_are_refused_by_name(tmp_path):
             build_extractor("resnet50", str(tmp_path / name))
 
 
+def offline(*args, **kwargs):
+    "In the place of what fetches."
+    raise urllib.error.URLError("Name or service not known")
+
+
 def test_weights_that_cannot_be_fetched_are_named_with_what_to_do(monkeypatch):
-    def offline(self, *args, **kwargs):
-        raise urllib.error.URLError("Name or service not known")
     monkeypatch.setattr(torchvision.models.ResNet50_Weights, "get_state_dict", offline)
     with pytest.raises(ValueError, match=r"resnet50 cannot be fetched .*resnet50-.*\.pth elsewhere and give the file as weights"):
         build_extractor("resnet50", "imagenet")
@@ -362,9 +365,6 @@ def test_imagenet_takes_torchvisions_first_weights_of_a_chain(tmp_path, monkeypa
     torch.save(state, tmp_path / "hub/checkpoints/mobilenet_v2-b0353104.pth")                     # IMAGENET1K_V1, as if downloaded
     net = build_extractor("torchvision:mobilenet_v2", "imagenet")
     assert torch.equal(net.body[0][0][0].weight, state["features.0.0.weight"]) and not net.body[0][0][1].weight.requires_grad
-
-    def offline(*args, **kwargs):
-        raise urllib.error.URLError("Name or service not known")
     monkeypatch.setattr(torchvision.models._api, "load_state_dict_from_url", offline)
     with pytest.raises(ValueError, match=r"mobilenet_v2 cannot be fetched .*mobilenet_v2-b0353104\.pth elsewhere and give the file"):
         build_extractor("torchvision:mobilenet_v2", "imagenet")

@@ -4,12 +4,13 @@ import json
 import pytest
 import torch
 import torchvision
+from few import fitting
 from trees import write_cityscapes, write_gta5, write_synthia
 
 from mlan.command_line import main
 from mlan.counting import CountingLab
 from mlan.dry_run import dry_run, step_cost
-from mlan.methods import METHODS, make_setup, own_values
+from mlan.methods import METHODS, make_setup
 from mlan.run_folder import load_segmenter
 from mlan.settings import PROFILES
 from mlan.train import run_mlan
@@ -22,8 +23,7 @@ OWN = dict(patches=(8, 16, 32), min_samples=2, region_sample=500, translation_st
 
 def small(method, **changes):
     "The small settings that a method has."
-    own = own_values(METHODS[method].recipe)
-    return {**SMALL, **{name: value for name, value in OWN.items() if name in own}, **changes}
+    return {**fitting(method, **SMALL, **OWN), **changes}
 
 
 @pytest.fixture(scope="module")
