@@ -8,15 +8,16 @@ __all__ = ['Teacher', 'class_mask', 'strongly_augmented', 'MixSettings', 'ClassM
 # %% ../nbs/34_class_mix.ipynb #d854dc5a
 from dataclasses import dataclass
 from functools import partial
+from typing import Annotated
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
-from torchvision.transforms.v2 import functional as TF
 
-from .fields import Checked, NotNegative, Share, part_of
+from .augmentation import chance_of, photometric
+from .fields import Checked, NotNegative, Share, Within, part_of
 from .lab import Lab, Trained, warm_up
 from .networks import Segmenter, resize, segmentation_loss
 from .objective import At, Flow, Objective
@@ -58,22 +59,14 @@ def class_mask(labels: Tensor,  # int64 (B, H, W), 255 = ignored
 
 # %% ../nbs/34_class_mix.ipynb #4a9c104c
 def strongly_augmented(images: Tensor,  # (B, 3, H, W) in [0, 1]
-                       generator: np.random.Generator,
+                       key: tuple,  # of whole numbers: what chance is a function of, with the place in the batch
                        strength: float = 0.25) -> Tensor:
     "Colour jitter and blur, drawn for each image."
-    return torch.stack([_augmented(image, generator.random(8), strength) for image in images])
-
-
-def _augmented(image, draws, strength):
-    jitters, blurs, sigma, *by = draws.tolist()
-    if jitters < 0.8:
-        brightness, contrast, saturation = (1 + strength * (2 * u - 1) for u in by[:3])
-        image = TF.adjust_saturation(TF.adjust_contrast(TF.adjust_brightness(image, brightness), contrast), saturation)
-        image = TF.adjust_hue(image, strength * (2 * by[3] - 1))
-    if blurs < 0.5:
-        side = 2 * max(1, int(0.05 * min(image.shape[-2:]))) + 1                             # a tenth of the shorter side, odd
-        image = TF.gaussian_blur(image, [side, side], [0.15 + sigma])
-    return image
+    change, made = photometric((strength,) * 4, 0.8, 0.5), []
+    for place, image in enumerate(images):
+        with chance_of(*key, place):
+            made.append(change(image))
+    return torch.stack(made)
 
 # %% ../nbs/34_class_mix.ipynb #f0b49cb0
 @dataclass(frozen=True)
@@ -81,7 +74,7 @@ class MixSettings(Checked):
     "DACS: teacher and mixture"
     alpha: Share = 0.99  # the teacher's share of itself a step, at most
     sure: Share = 0.968  # confidence from which a pixel counts as sure
-    jitter: Share = 0.25  # strength of the mixture's colour jitter
+    mix_jitter: Annotated[float, Within(0, 0.5)] = 0.25  # strength of the mixture's colour jitter
     lambda_mix: NotNegative = 1.0  # weight of the mixture's loss
 
 
@@ -110,11 +103,12 @@ class ClassMix(Objective):
     @torch.no_grad()
     def mixed(self, source: Flow, target: Flow, at: At) -> tuple:  # images, labels, weights (B, H, W), share of sure pixels
         "The mixture of a source and a target batch."
-        generator = np.random.default_rng([self.seed, at.step, processes().process_index])
+        key = self.seed, at.step, processes().process_index
+        generator = np.random.default_rng(key)
         own, true = _at_size(source.images, source.labels, target.size)
         confidence, labels = resize(self.teacher(source.net, target.images).float(), target.size).softmax(1).max(1)
         sure, pasted = (confidence >= self.settings.sure).float().mean(), class_mask(true, generator)
-        images = strongly_augmented(torch.where(pasted[:, None], own, target.images), generator, self.settings.jitter)
+        images = strongly_augmented(torch.where(pasted[:, None], own, target.images), key, self.settings.mix_jitter)
         return images, torch.where(pasted, true, labels), torch.where(pasted, 1.0, sure), sure
 
     def after(self, net: Segmenter, at: At):

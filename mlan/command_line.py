@@ -147,7 +147,7 @@ def command_experiments(args) -> None:
     from mlan.train import device_name
     from mlan.trainer import usable_device
     chosen = read_records(args.records) if args.chosen else None
-    plan = planned(args.table, args.pair, args.profile, args.seeds, args.data_seeds, chosen, **_given(args))
+    plan = planned(args.table, args.pair, args.profile, args.seeds, args.data_seeds, chosen, args.only, **_given(args))
     if args.dry_run:
         left, known = missing(plan, args.records), read_records(args.records)
         here = device_name(usable_device(plan[0].settings.device))
@@ -155,7 +155,7 @@ def command_experiments(args) -> None:
             seconds = expected_seconds(setup, known, here)
             print(experiment_title(setup) + f", about {seconds:.0f} s" * (seconds > 0))
     else:
-        left = run_missing(plan, args.records, args.folder, args.budget, not args.quiet)
+        left = run_missing(plan, args.records, args.folder, args.budget, not args.quiet, args.jobs)
     done = f"{len(plan) - len(left)} of {len(plan)} experiments are in {args.records}"
     print(done + f"; {'without --dry-run this command' if args.dry_run else 'the same command'} runs the rest" * bool(left))
 
@@ -218,6 +218,8 @@ def _add_experiments(command, argv):
                      pair={"nargs": "+", "default": ["streets"], "help": "pairs of the study (streets); a wrong name lists all"},
                      profile={"default": "quick", "choices": list(PROFILES)}, records={"required": True},
                      folder={"default": "runs/experiments"},
+                     only={"nargs": "+", "default": [], "help": "these rows of the tables, by name; a wrong name lists all"},
+                     jobs={"type": int, "default": 1, "help": "runs at a time, on a CPU with a thread each (1)"},
                      budget={"type": _seconds, "help": "seconds; what would not end in time is not begun"})
     for name in ("seeds", "data-seeds"):
         tables.add_argument(f"--{name}", nargs="+", type=int, default=[0])

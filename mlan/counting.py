@@ -126,7 +126,8 @@ def _states(lab, start, objective):
 def _batch(view, n):  # images, labels, what stands beside
     "A batch as the view would draw it: noise, every pixel labelled, one sample's belongings for all."
     height, width = view.samples.size
-    beside = {name: _repeated(kept.value, n) for name, kept, *_ in view.changes if name not in ("images", "labels", "rows", "weights")}
+    other = ("images", "labels", "rows", "weights", "remade")
+    beside = {name: _repeated(kept.value, n) for name, kept, *_ in view.changes if name not in other}
     return torch.rand(n, 3, height, width), torch.zeros(n, height, width, dtype=torch.long), beside
 
 

@@ -19,6 +19,7 @@ from accelerate.utils import reduce
 
 from .backbones import build_extractor, weights_digest
 from .evaluation import Scores, evaluate
+from .fields import part_of
 from .files import digest, load_whole, locked, read_rows, save_whole, set_aside_if_torn, source_commit, write_text
 from .keys import code_of, key_of
 from .label_spaces import SharedClasses
@@ -26,7 +27,7 @@ from .loop import Checkpoints, Rhythm, train_loop
 from .networks import Segmenter
 from .objective import Flow, Supervised
 from .pairs import PairData, agreed
-from .settings import Settings
+from .settings import Augmentation, Settings
 from .trainer import Step, Training, processes, usable_device
 from .views import Draws, Kept, View, write_rows
 
@@ -47,7 +48,7 @@ def training(s: Settings, **changes) -> Training:
     "How a run's settings train, with a stage's changes."
     usual = dict(steps=s.steps, lr=s.lr, schedule=s.schedule_steps, batch=s.batch_size, optimiser=s.optimiser, head_lr=s.head_lr,
                  critic_lr=s.critic_lr, momentum=s.momentum, weight_decay=s.weight_decay, power=s.power, ramp=s.ramp_steps,
-                 clip_norm=s.clip_norm, precision=s.precision, seed=s.seed)
+                 clip_norm=s.clip_norm, precision=s.precision, augment=part_of(Augmentation, s), seed=s.seed)
     return Training(**{**usual, **changes})
 
 # %% ../nbs/28_lab.ipynb #aea18e7c

@@ -9,7 +9,7 @@ __all__ = ['QUICK', 'GPU', 'label_regions', 'MultiLevelAL', 'aligning', 'going_o
 
 # %% ../nbs/31_multi_level.ipynb #e507617c
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Annotated, ClassVar, Literal
 
@@ -22,8 +22,9 @@ from .fields import Count, Rate, Share, Within, part_of
 from .lab import Bench, Lab, Trained, warm_up
 from .loop import TrainingError
 from .objective import Flow, Supervised
-from .region_labels import RegionLabeller, RegionSettings, describe_patches, fit_vocabularies, label_dataset, region_grid
+from .region_labels import RegionLabeller, RegionSettings, Vocabulary, describe_patches, fit_vocabularies, label_dataset, region_grid
 from .self_training import label_target
+from .settings import Augmentation
 from .translation import TranslationPair, TranslationSettings, swap_low_frequencies
 from .views import Kept, View
 
@@ -35,7 +36,14 @@ def label_regions(bench: Bench, source: View, settings: RegionSettings) -> dict:
     jobs = 1 if source.samples.in_memory else -1             # maps in memory are few: not worth their way to other processes
     levels = label_dataset(label_map, len(source), RegionLabeller(vocabularies, settings, colors), jobs, bench.unfinished)
     n = [vocabulary.n for vocabulary in vocabularies]
-    return {"labels": [torch.from_numpy(level) for level in levels], "n": n, "facts": {"relations": n}}
+    known = [{k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in asdict(one).items()} for one in vocabularies]
+    return {"labels": [torch.from_numpy(level) for level in levels], "n": n, "vocabularies": known, "colors": torch.from_numpy(colors),
+            "facts": {"relations": n}}
+
+
+def _labeller(vocabularies: list, colors, settings: RegionSettings) -> RegionLabeller:
+    known = [Vocabulary(**{k: v.numpy() if isinstance(v, torch.Tensor) else v for k, v in one.items()}) for one in vocabularies]
+    return RegionLabeller(known, settings, colors.numpy())
 
 
 def _regions(lab, settings: RegionSettings) -> Kept:
@@ -203,7 +211,10 @@ def _objective(method, regions):  # net -> Objective
 
 def _views(method, lab, regions, source):
     "The source with its region labels; the target, where it plays a part."
-    return source.beside(regions=regions["labels"]) if regions else source, lab.target if method.needs_target else None
+    if regions:
+        made = regions["vocabularies"], regions["colors"], part_of(RegionSettings, method)
+        source = source.beside(regions=regions["labels"]).remade("regions", _labeller, *made)
+    return source, lab.target if method.needs_target else None
 
 
 def _aligned(method, lab, regions, start, stage, source) -> Trained:
@@ -223,7 +234,7 @@ def _target_style(method, lab, maps) -> Kept:  # (n, 3, H, W) uint8
     target, steps, lr = lab.target.beside(maps=maps["unit"]) if maps else lab.target, method.translation_steps, method.translation_lr
     pair = lab.train("translation_pair", partial(translation_pair, width=method.translation_width), None, lab.source, target, steps=steps,
                      schedule=steps, lr=lr, critic_lr=lr, batch=method.translation_batch, optimiser="adam", head_lr=1.0, betas=(0.5, 0.99),
-                     shape="linear", clip_norm=0.0, streams=2)
+                     shape="linear", clip_norm=0.0, augment=Augmentation(), streams=2)
     return lab.keep("translation", translated, pair, lab.source, each=lab.source, like=_an_image(lab.source))
 
 # %% ../nbs/31_multi_level.ipynb #ffd7e510

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DESCRIPTORS', 'region_grid', 'stretch', 'patch_hog', 'class_histogram', 'describe_patches', 'RegionSettings',
            'Vocabulary', 'fit_vocabulary', 'assign', 'region_labels', 'sample_patches', 'fit_vocabularies',
-           'RegionLabeller', 'label_dataset', 'relation_name', 'save_regions', 'load_regions']
+           'RegionLabeller', 'label_dataset', 'relation_name']
 
 # %% ../nbs/10_region_labels.ipynb #f314898d
 import tempfile
@@ -13,6 +13,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal
 from zipfile import BadZipFile
@@ -132,6 +133,11 @@ class Vocabulary:
     def n(self) -> int:
         return int(self.numbers.max()) + 1
 
+    @cached_property
+    def tree(self) -> KDTree:
+        "Finds the nearest core."
+        return KDTree(self.cores)
+
 # %% ../nbs/10_region_labels.ipynb #cd429d55
 def _cluster(points, counts, distances, eps, min_samples):
     "DBSCAN at one eps: (labels, core mask), noise = -1."
@@ -178,7 +184,7 @@ def _candidate_radii(distances, counts, min_samples):
 def assign(descriptors: np.ndarray,  # (M, D)
            vocabulary: Vocabulary) -> np.ndarray:  # uint8 (M,), relation or 255
     "Nearest core sample's relation within eps, else 255; each patch by itself, so pieces equal the whole."
-    _, nearest = KDTree(vocabulary.cores).query(descriptors, distance_upper_bound=np.nextafter(vocabulary.eps, np.inf))
+    _, nearest = vocabulary.tree.query(descriptors, distance_upper_bound=np.nextafter(vocabulary.eps, np.inf))
     return np.append(vocabulary.numbers, np.uint8(IGNORE))[nearest]  # the tree answers K where none is near
 
 
@@ -267,7 +273,7 @@ def label_dataset(label_map: Callable,  # i -> (H, W) uint8 class ids, all of on
     "Region labels of n maps at all levels; a call that was cut off goes on with the chunks that are there."
     spans = [(first, min(first + chunk, n)) for first in range(0, n, chunk)]
     with tempfile.TemporaryDirectory() if folder is None else nullcontext(folder) as place:
-        place = Path(place) / f"chunks-{joblib.hash(labeller)[:12]}"
+        place = Path(place) / f"chunks-{joblib.hash(asdict(labeller))[:12]}"
         place.mkdir(parents=True, exist_ok=True)
         missing = [span for span in spans if _read_chunk(place, span) is None]
         tasks = min(len(missing), 4 * effective_n_jobs(jobs))
@@ -281,20 +287,3 @@ def relation_name(histogram: np.ndarray,  # (n_classes,) mean class share in a r
     "A relation by its classes with at least a tenth of the area, largest first: 'road-sidewalk'."
     order = [c for c in np.argsort(-histogram, kind="stable") if histogram[c] >= 0.1]
     return "-".join(classes[c] for c in order) or "mixed"
-
-# %% ../nbs/10_region_labels.ipynb #904ccd26
-def save_regions(path, vocabularies: list, labels: list):
-    "Write vocabularies and region labels (per level) to one .npz file, never half of it."
-    arrays = {f"labels_{i}": level for i, level in enumerate(labels)}
-    for i, v in enumerate(vocabularies):
-        arrays.update({f"{k}_{i}": np.asarray(x) for k, x in asdict(v).items()})
-    _write_arrays(path, arrays)
-
-
-def load_regions(path) -> tuple:  # vocabularies, labels
-    "Read what `save_regions` wrote."
-    with np.load(path, allow_pickle=False) as f:
-        levels = range(sum(k.startswith("labels_") for k in f.files))
-        vocabularies = [Vocabulary(int(f[f"patch_{i}"]), float(f[f"eps_{i}"]), f[f"cores_{i}"], f[f"numbers_{i}"],
-                                   float(f[f"noise_{i}"])) for i in levels]
-        return vocabularies, [f[f"labels_{i}"] for i in levels]

@@ -9,6 +9,7 @@ __all__ = ['Samples', 'prepare', 'Stream', 'Share', 'Loader']
 import json
 import math
 import os
+from collections.abc import Callable
 from contextlib import ExitStack
 from copy import copy
 from dataclasses import asdict, dataclass
@@ -220,15 +221,19 @@ class Share:
 # %% ../nbs/08_samples.ipynb #1ced8038
 class _Batches:
     "Item t is the batch of step t; and as an iterable, the steps from `first` on."
-    def __init__(self, samples: Samples, stream: Stream): self.samples, self.stream, self.first = samples, stream, 0
+
+    def __init__(self, samples: Samples, stream: Stream, finish: Callable | None):
+        self.samples, self.stream, self.finish, self.first = samples, stream, finish, 0
+
     def __iter__(self): return count(self.first)
 
-    def __getitem__(self, step: int) -> tuple[Tensor, Tensor] | DataError:
+    def __getitem__(self, step: int) -> tuple | DataError:
         try:
             images, labels = zip(*(_tensors(self.samples, int(i)) for i in self.stream.indices(step)))
         except DataError as error:  # a worker's own way to tell is a page long
             return error
-        return torch.stack(images), torch.stack(labels)
+        batch = torch.stack(images), torch.stack(labels)
+        return self.finish(step, *batch) if self.finish else batch
 
 
 def _as_it_is(batch): return batch
@@ -243,13 +248,13 @@ class Loader:
         stream: Stream,  # over as many samples
         workers: int = 0,  # processes; 0 reads when asked, and so does any number where all samples are in memory
         pin: bool = False,  # in page-locked memory, from which a GPU copies without waiting; where there is one
+        finish: Callable | None = None,  # (step, images, labels) -> batch, a pure function; done where the samples are read
     ):
-        n = len(samples)
+        n, reads = len(samples), copy(samples)
         require(stream.n == n, f"The stream is over {stream.n} samples and there are {n}: make it Stream({n}, ...).")
-        workers = 0 if samples.in_memory else workers
-        reads = copy(samples)
+        workers = 0 if samples.in_memory and not finish else workers
         reads._keeps = samples._keeps and workers == 0  # workers keep nothing: each would keep it all
-        self.stream, self._batches, self._ahead, self._next = stream, _Batches(reads, stream), None, None
+        self.stream, self._batches, self._ahead, self._next = stream, _Batches(reads, stream, finish), None, None
         self._loader = DataLoader(self._batches, batch_size=None, sampler=self._batches, num_workers=workers, collate_fn=_as_it_is,
                                   pin_memory=pin and torch.cuda.is_available(), persistent_workers=workers > 0,
                                   generator=torch.Generator())    # its own: a loader must not draw from the run's random numbers
@@ -257,7 +262,7 @@ class Loader:
     def __call__(
         self,
         step: int,  # 0, 1, ...
-    ) -> tuple[np.ndarray, Tensor, Tensor]:  # indices (B,) int64, images (B, 3, H, W) uint8, labels (B, H, W) uint8
+    ) -> tuple:  # indices (B,) int64, images (B, 3, H, W) uint8, labels (B, H, W) uint8; or indices and what `finish` gives
         "The batch of this step."
         if step != self._next:
             self._batches.first = step

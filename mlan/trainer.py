@@ -16,6 +16,7 @@ from accelerate import PartialState
 
 from .networks import Segmenter, freeze_batch_norm, over_processes
 from .objective import At, Objective, in_one_pass, poly
+from .settings import Augmentation
 
 # %% ../nbs/23_trainer.ipynb #2f079016
 def processes(device: str = "auto") -> PartialState:  # of "auto", "cpu", "cuda", ...
@@ -59,6 +60,7 @@ class Training:
     ramp: int = 0  # steps
     clip_norm: float = 0.0  # largest norm of the gradient of E and the heads, 0 = no limit
     precision: str = "fp32"
+    augment: Augmentation = Augmentation()  # of the images, drawn by seed and step
     frozen_norm: bool = True  # BatchNorm's statistics stay as they are
     seed: int = 0
     first: int = 0  # streams begin at this step

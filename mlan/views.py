@@ -7,7 +7,7 @@ __all__ = ['Kept', 'write_rows', 'View', 'WeightedStream', 'Draws']
 
 # %% ../nbs/26_views.ipynb #836abb6d
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from .augmentation import augmented
 from .files import load_whole, open_at, require_room
 from .keys import key_of
 from .samples import Loader, Samples, Share, Stream
@@ -68,7 +69,7 @@ def _rows(value, at: np.ndarray):
         return [_rows(part, at) for part in value]
     return torch.from_numpy(np.array(value[at])) if isinstance(value, np.ndarray) else value[torch.from_numpy(at)]
 
-
+# %% ../nbs/26_views.ipynb #72e94044
 @dataclass(frozen=True)
 class _Drawn:
     samples: Samples
@@ -85,12 +86,19 @@ class _Drawn:
         "Where each change stands, after all of them."
         at, carried = np.arange(len(self.samples)), {}
         for what, kept, *more in self.changes:
-            if what == "rows":
+            if what == "remade":
+                carried = {k: (*v[:2], *more) if k == kept else v for k, v in carried.items()}
+            elif what == "rows":
                 rows = np.asarray(kept.value)
                 at, carried = at[rows], {k: (v, p[rows], *m) for k, (v, p, *m) in carried.items()}
             else:
                 carried[what] = (kept.value, np.arange(len(at)), *more)
         return at, carried
+
+    @property
+    def has_labels(self) -> bool:
+        "Its own, or others that were given to it."
+        return self.samples.labelled or "labels" in self.resolved[1]
 
     def __len__(self) -> int:
         return len(self.resolved[0])
@@ -123,6 +131,11 @@ class View(_InOrder):
     def beside(self, **kept) -> "View":
         "With something for each sample, which the flow then has: an outcome with a row a sample, or a list of such."
         return self._with(*((name, one) for name, one in kept.items()))
+
+    def remade(self, name: str, make: Callable,  # make(*values) -> function of a label map, uint8 (H, W), as `Kept`s' values and the rest
+               *inputs) -> "View":
+        "How something beside is made again where a sample is mirrored or cut: a row, or a list of such, from its labels."
+        return self._with(("remade", name, make, *inputs))
 
     def styled(self, images: Kept, share: float = 1.0) -> "View":  # (n, 3, H, W) uint8
         "A share of the images in another style, drawn by step; labels stay."
@@ -167,6 +180,56 @@ class _Placed:
         return self.at[self.stream.indices(step)]
 
 # %% ../nbs/26_views.ipynb #4f06477b
+class _Finish:
+    "From a step's samples to its batch: a pure function of the step, at work where the samples are read."
+
+    def __init__(self, view: View, how: Training, share: Share, seed: int):
+        self.at, self.carried = view.resolved
+        self.how, self.share, self.seed, self.colours = how, share, seed, view.has_labels
+        names = [name for name in self.carried if name not in ("images", "labels", "weights")]
+        again = how.augment.bends
+        self.remade = {name: _maker(*self.carried[name][2:]) for name in names if again and len(self.carried[name]) > 2}
+        self.laid = [name for name in names if name not in self.remade]
+        for name in self.laid if again else ():
+            _require_flat(name, self.carried[name][0])
+
+    def __call__(self, step: int, images, labels) -> tuple:  # images, labels, {name: what stands beside}
+        items = self.share.indices(step)
+        beside = {name: _rows(self.carried[name][0], self.carried[name][1][items]) for name in self.laid}
+        if "images" in self.carried:
+            self._restyle(images, items, step)
+        if "labels" in self.carried:
+            labels = _rows(self.carried["labels"][0], self.carried["labels"][1][items])
+        keys = [(self.seed, step, int(item)) for item in items]
+        images, labels = augmented(images, labels, self.how.augment, keys, self.colours)
+        made = {name: [make(y) for y in labels.numpy()] for name, make in self.remade.items()}
+        return images, labels, beside | {name: _stacked(each) for name, each in made.items()}
+
+    def _restyle(self, images, items, step):
+        "Put the styled ones in place; which ones is a function of the step."
+        styled, at, share = self.carried["images"]
+        draws = np.random.default_rng([self.how.seed, step]).random(len(items) * self.share.count)
+        chosen = np.array_split(draws, self.share.count)[self.share.rank] < share
+        images[torch.from_numpy(chosen)] = _rows(styled, at[items[chosen]])
+
+# %% ../nbs/26_views.ipynb #0be2d9db
+def _maker(make, *inputs):
+    return make(*(one.value if isinstance(one, Kept) else one for one in inputs))
+
+
+def _stacked(each: list):  # of arrays, or of lists of arrays
+    "A row a sample, as `_rows` has them."
+    return [_stacked(list(part)) for part in zip(*each)] if isinstance(each[0], list) else torch.from_numpy(np.stack(each))
+
+
+def _require_flat(name, value):
+    "ValueError where maps would be laid beside images that no longer fit them."
+    for part in value if isinstance(value, (list, tuple)) else [value]:
+        if part.ndim > 2:
+            raise ValueError(f"{name} stands beside the samples as maps, and these don't follow images that are mirrored or cut (flip, "
+                             "crop): say by View.remade how they are made from labels, or train this stage with augment=Augmentation()")
+
+# %% ../nbs/26_views.ipynb #ec83fc36
 class Draws:
     "The batches of a view by their step, on the device; of several processes each draws its part."
 
@@ -175,27 +238,15 @@ class Draws:
         self.how, self.device, team = how, device, processes()
         at, carried = view.resolved
         seed, size = 4 * how.seed + how.streams + (view.stream if stream is None else stream), how.batch * team.num_processes
-        self.carried, weights = {what: carried[what] for what in carried if what != "weights"}, carried.get("weights")
+        weights = carried.get("weights")
         whole = Stream(len(at), size, seed) if weights is None else WeightedStream(np.asarray(weights[0])[weights[1]], size, seed)
-        self.team, self.share = team, Share(whole, team.process_index, team.num_processes)
-        self.load = Loader(view.samples, _Placed(self.share, at, len(view.samples)), workers, pin=device.type == "cuda")
+        self.share = Share(whole, team.process_index, team.num_processes)
+        placed = _Placed(self.share, at, len(view.samples))
+        self.load = Loader(view.samples, placed, workers, device.type == "cuda", _Finish(view, how, self.share, seed))
 
     def __call__(self, i: int) -> tuple:  # images (B, 3, H, W) in [0, 1], labels int64 (B, H, W), {name: what stands beside}
-        step = self.how.first + i
-        items, (_, images, labels) = self.share.indices(step), self.load(step)
-        beside = {name: _rows(value, at[items]) for name, (value, at, *_) in self.carried.items() if name not in ("images", "labels")}
-        if "images" in self.carried:
-            self._restyle(images, items, step)
-        if "labels" in self.carried:
-            labels = _rows(self.carried["labels"][0], self.carried["labels"][1][items])
+        _, images, labels, beside = self.load(self.how.first + i)
         return self._here(images).float() / 255, self._here(labels).long(), {name: self._here(value) for name, value in beside.items()}
-
-    def _restyle(self, images, items, step):
-        "Put the styled ones in place; which ones is a function of the step."
-        styled, at, share = self.carried["images"]
-        draws = np.random.default_rng([self.how.seed, step]).random(len(items) * self.team.num_processes)
-        chosen = np.array_split(draws, self.team.num_processes)[self.team.process_index] < share
-        images[torch.from_numpy(chosen)] = _rows(styled, at[items[chosen]])
 
     def _here(self, value):
         if isinstance(value, list):

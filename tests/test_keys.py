@@ -127,8 +127,13 @@ def test_every_field_of_training_changes_the_key(tmp_path):
     how = training(lab.s)
     for field in dataclasses.fields(Training):
         choices = {"optimiser": ("sgd", "adamw", "adam"), "shape": ("poly", "linear"), "precision": ("fp32", "bf16")}.get(field.name, ())
-        value = another(getattr(how, field.name), choices)
-        assert lab.train("x", Supervised, lab.fresh, lab.source, **{field.name: value}).key != one, field.name
+        old = getattr(how, field.name)
+        if dataclasses.is_dataclass(old):                    # each of its fields
+            values = [dataclasses.replace(old, **{f.name: 0.5}) for f in dataclasses.fields(old)]
+        else:
+            values = [another(old, choices)]
+        for value in values:
+            assert lab.train("x", Supervised, lab.fresh, lab.source, **{field.name: value}).key != one, field.name
 
 
 NEUTRAL = {"source", "target", "method", "profile",                # names: what they name is in the keys

@@ -172,7 +172,7 @@ def mixed_loss(s):
 RL, IL = dict(image="none", entropy="plain", region=False), dict(entropy="none", image="plain", region=False)
 OUTPUT = dict(lambda_main=1.0, lambda_aux=0.0, lambda_seg_aux=0.0)
 PSEUDO = torch.randint(0, CLASSES, (3, 32, 64), generator=torch.Generator().manual_seed(2), dtype=torch.uint8)
-MIX = MixSettings(alpha=1.0, sure=0.0, jitter=0.0)
+MIX = MixSettings(alpha=1.0, sure=0.0, mix_jitter=0.0)
 MOVES = {  # objective, are there labels, who moves, what is measured, and which way the paper wants it
     "L_seg: E": (Supervised, True, "E", cross_entropy, -1),
     "L_seg: C_seg": (Supervised, True, "C_seg", cross_entropy, -1),

@@ -281,6 +281,7 @@ def planned(tables,  # keys of TABLES
             pairs=("streets",),  # keys of PAIRS
             profile: str = "quick", seeds=(0,), data_seeds=(0,),
             chosen: list | None = None,  # records of the search: each row at its own best trial
+            only: tuple = (),  # names of rows, of all these; by default all
             **changes,  # settings, and fields of methods, for all rows whose method has them
             ) -> list:  # of Setup
     "All experiments of some tables, in the order in which to run them."
@@ -289,6 +290,8 @@ def planned(tables,  # keys of TABLES
     if foreign := sorted({*tables} & {*_OF_QUICK}) if profile != "quick" else ():
         raise ValueError(f"the rows of {', '.join(foreign)} are values of the quick profile; leave them out with {profile}")
     rows, plan = dict.fromkeys(row for table in tables for row in TABLES[table]), {}
+    check_names(only, {row.name: row for row in rows})
+    rows = {row: None for row in rows if not only or row.name in only}
     known = {name for row in rows for name in _usual(row.method, profile)}
     if unknown := {name: value for name, value in changes.items() if name not in known}:
         make_setup("", "", next(iter(rows)).method, profile, **unknown)          # says what is wrong with it

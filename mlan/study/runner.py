@@ -11,8 +11,10 @@ import time
 from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 
+import torch
 from filelock import FileLock, Timeout
 from torch import OutOfMemoryError
 from tqdm import tqdm
@@ -108,21 +110,55 @@ def _checked(todo) -> str:  # the device, as records name it
     return device_name(usable_device(todo[0].settings.device if todo else "auto"))
 
 # %% ../../nbs/65_runner.ipynb #30a45c8b
-def run_missing(plan: list,  # of Setup, from `planned`
-                records: str | Path,  # the file
-                folder: str | Path,  # of runs and shared stages
-                budget: float | None = None,  # seconds
-                progress: bool = True) -> list:  # of Setup that still are to be run
-    "Run what the file lacks, append each record at once, stop when the budget does not hold another run."
-    folder, began, todo = Path(folder), time.time(), missing(plan, records)
-    device = _checked(todo)
-    (folder / "runs").mkdir(parents=True, exist_ok=True)
-    for setup in tqdm(todo, desc="runs", disable=not progress):
-        if budget is not None and time.time() - began + expected_seconds(setup, read_records(records), device) > budget:
+def _work_off(todo, records, folder, ends, device, progress):
+    "One runner: each run that no other is at, until the time is up or whoever started it is gone."
+    for setup in tqdm(todo, desc="runs", disable=not progress or parent_process() is not None):
+        gone = parent_process() is not None and not parent_process().is_alive()
+        if gone or time.time() + expected_seconds(setup, read_records(records), device) > ends:
             break
-        with suppress(Timeout), FileLock(folder / "runs" / f"{experiment_key(setup)}.lock", timeout=0):      # or it is another runner's
+        with suppress(Timeout), FileLock(folder / "runs" / f"{experiment_key(setup)}.lock", timeout=0):
             if missing([setup], records):
                 said = _measured(setup, folder, records)
                 if progress or said.startswith("left out"):
                     tqdm.write(f"{experiment_title(setup)}: {said}", file=sys.stderr)
+
+
+def _one_thread(*args):
+    "A runner beside others: on a CPU each has one thread."
+    with suppress(KeyboardInterrupt):
+        torch.set_num_threads(1)
+        _work_off(*args)
+
+
+def _together(jobs, *args):
+    "Several runners, each a process of its own; when this one is interrupted, so are they."
+    team = []
+    try:
+        for _ in range(jobs):
+            team.append(get_context("spawn").Process(target=_one_thread, args=args))
+            team[-1].start()
+        for one in team:
+            one.join()
+    finally:
+        for one in team:
+            one.terminate()
+
+# %% ../../nbs/65_runner.ipynb #eace2252
+def run_missing(plan: list,  # of Setup, from `planned`
+                records: str | Path,  # the file
+                folder: str | Path,  # of runs and shared stages
+                budget: float | None = None,  # seconds
+                progress: bool = True,
+                jobs: int = 1,  # runs at a time
+                ) -> list:  # of Setup that still are to be run
+    "Run what the file lacks, append each record at once, stop when the budget does not hold another run."
+    if jobs < 1:
+        raise ValueError(f"jobs is {jobs}; give at least 1")
+    folder, ends, todo = Path(folder), time.time() + (float("inf") if budget is None else budget), missing(plan, records)
+    work = todo, records, folder, ends, _checked(todo), progress
+    (folder / "runs").mkdir(parents=True, exist_ok=True)
+    if min(jobs, len(todo)) > 1:
+        _together(min(jobs, len(todo)), *work)
+    else:
+        _work_off(*work)
     return missing(plan, records)

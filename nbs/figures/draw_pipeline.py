@@ -39,7 +39,8 @@ class Block:
 BLOCKS = (
     Block((1, 2, 3), (30, 108, 116, 112), "Source", (), top=14),
     Block((1, 2, 3), (30, 262, 116, 112), "Target", (), badge=False, top=14),
-    Block((0, 4, 5, 6, 7, 8), (180, 108, 82, 266), "Data sets", ("label spaces", "files, folders", "layouts", "checks", "samples"), top=98),
+    Block((0, 4, 5, 6, 7, 8, 22), (180, 108, 82, 266), "Data sets",
+          ("label spaces", "files, folders", "layouts", "checks", "samples", "augmentation"), top=90),
     Block((10,), (300, 78, 206, 46), "Region labels", ("HOG, DBSCAN: $N$ relations",), top=16),
     Block((11,), (406, 146, 100, 90), r"$C_\mathrm{region}$", ("3 region levels",), badge=False, top=37),
     Block((11,), (406, 258, 100, 80), r"$C_\mathrm{image}$", (r"domain, 3$\times$3",), badge=False, top=30),
@@ -61,7 +62,8 @@ FRAMES = (  # what is around what: numbers, inset, y, fill and its head's, title
      "flags, experiments, statistics; the paper's tables beside ours"),
     ((*range(50, 60),), 6, -24, ("#e6ebf0", "#dae1e9"), "adapt", 62, "runs, folders, reports, costs; your own method"),
     ((*range(30, 50),), 10, 6, ("#eff2f6", "#e3e8ee"), "Methods", 82, "what is trained, from where, on what: MLAN below is one of many"),
-    ((*range(21, 30), 9), 14, 36, ("#ffffff", "#eef1f5"), "Lab and trainer", 128, "settings, one loop, stages that are kept under keys"),
+    ((21, *range(23, 30), 9), 14, 36, ("#ffffff", "#eef1f5"), "Lab and trainer", 128,
+     "settings, one loop, stages that are kept under keys"),
 )
 
 
@@ -202,12 +204,12 @@ def draw_flows(ax: Axes, lit: int | None) -> None:
 
 def draw_extractor(ax: Axes, lit: int | None) -> None:
     "E as a funnel."
-    on = lit in (11, 22)
+    on = lit in (11, 19)
     ax.add_patch(Polygon([(300, 146), (364, 172), (364, 402), (300, 428)], fc=LIT if on else PALE, joinstyle="round",
                          ec=LIT_EDGE if on else PALE_EDGE, lw=2.2 if on else 1.0, zorder=3))
     write(ax, 332, 276, "$E$", 20, weight="bold", color="white" if on else INK)
     write(ax, 332, 300, "features", 10.5, color="white" if on else SOFT)
-    badge(ax, 302, 148, (11,) if lit != 22 else (22,), lit)
+    badge(ax, 302, 148, (11,) if lit != 19 else (19,), lit)
 
 
 def draw_pictures(ax: Axes, lit: int | None) -> None:
