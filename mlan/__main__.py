@@ -3,4 +3,5 @@ import sys
 
 from mlan.command_line import main
 
-sys.exit(main())
+if __name__ == "__main__":                                   # the processes of `experiments --jobs` read this file, too
+    sys.exit(main())

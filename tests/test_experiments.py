@@ -107,6 +107,42 @@ def test_two_runners_share_the_work(tmp_path):
     assert sorted(methods) == ["adabn", "fda", "oracle"]
 
 
+def test_several_jobs_share_the_work_and_one_is_killed(tmp_path):
+    "What was under way when all were killed is lost and no more; the file has whole lines, and the next call fills it."
+    one = start(tmp_path, "--jobs", "2")
+    file = tmp_path / "records.jsonl"
+    until = time.time() + 300
+    while not read_records(file) and one.poll() is None and time.time() < until:
+        time.sleep(0.1)
+    children = Path(f"/proc/{one.pid}/task/{one.pid}/children")
+    team = [int(pid) for pid in children.read_text().split()] if children.exists() else []
+    for pid in (one.pid, *team):
+        os.kill(pid, signal.SIGKILL)
+    one.communicate()
+    kept = read_records(file)
+    assert 1 <= len(kept) <= 3
+    assert start(tmp_path, "--jobs", "2").wait(400) == 0
+    after = read_records(file)
+    assert after[: len(kept)] == kept and sorted(r["method"] for r in after) == ["adabn", "fda", "oracle"]
+
+
+def test_a_runner_whose_parent_is_gone_begins_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "parent_process", lambda: type("Gone", (), {"is_alive": staticmethod(lambda: False)}))
+    assert len(run_missing(plan(("oracle",)), tmp_path / "r.jsonl", tmp_path, progress=False)) == 1
+
+
+def test_rows_by_name(capsys, tmp_path):
+    rows = {s.settings.method for s in planned(("1", "controls"), only=("il_al", "cr_al+fda"))}
+    assert rows == {"il_al", "cr_al+fda"} and len(planned(("controls",), only=("cr_al map_weights=shuffled",))) == 1
+    with pytest.raises(ValueError, match="there is no 'mlan'; choose from source_only, cr_al"):
+        planned(("1",), only=("mlan",))
+    arguments = ["experiments", "--table", "1", "--only", "rll", "--seeds", "3", "--dry-run", "--records", str(tmp_path / "r.jsonl")]
+    assert main(arguments) in (None, 0)
+    assert capsys.readouterr().out.splitlines()[0] == "streets:engine to streets:camera: RLL, seed 3, data seed 0"
+    with pytest.raises(ValueError, match="jobs is 0; give at least 1"):
+        run_missing(plan(), tmp_path / "r.jsonl", tmp_path, jobs=0)
+
+
 @pytest.mark.parametrize("method", ["source_only", "fda", "mlan", "advent"])
 def test_all_that_a_method_has_counts_in_a_key_but_what_changes_no_result(method):
     settings = row_setup(Row(method)).values
