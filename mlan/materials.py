@@ -105,7 +105,7 @@ MATERIALS |= {
     "stone": Material(.08, (.6, .5), (1.3, .65, .09, .5, .12, -.28), panes=(2.9, 4.1, .34, .66, DARK, .25)),
     "plaster": Material(.05, (3, 4), blots=(3, 6, .75, 2, (.55, .52, .47)), panes=(1.9, 3.0, .52, .60, GLASS, .35)),
     "timber": Material(.04, (1, 1), (1.5, 1.45, .26, 0, .05, -.62), panes=(3.0, 2.9, .36, .42, DARK, .2)),
-    "glass": Material(.03, (1, 1), (1.7, 1.9, .14, 0, .22, -.45), (5, 6, .15, 1.3, (.70, .77, .84))),
+    "glass": Material(.03, (1, 1), (1.7, 1.9, .14, 0, .34, -.45)),
     "ivy": Material(.06, (1, 1), blots=(.55, .6, -.05, 4, (.26, .38, .17)), panes=(2.8, 3.2, .42, .5, DARK, .3)),
     "concrete": Material(.06, (2, 1), (3.4, 3.1, .12, 0, .08, -.25), panes=(3.4, 3.1, .84, .42, GLASS, .4)),
     "tin": Material(.05, (3, 3), (.45, 99, .16, 0, .07, -.25), (2, 4, .7, 3, (.48, .33, .24)), (5.2, 4.2, .5, .3, DARK, .3)),
@@ -152,27 +152,27 @@ _CARTOON = {
     "car": ("flat e81c1c 1c50e8 f0f0f0 30343a f0c010 20b060",), "truck": ("flat e8e0d0 e0b040",), "bus": ("flat e83020 f08020 30a0e0",),
     "train": ("flat 20a080 30b090",), "motorcycle": ("flat 40302a a02020 2a303a",), "bicycle": ("flat 3060a0 a03030 404040",)}
 
-# %% ../nbs/59_materials.ipynb #1606dad6
+# %% ../nbs/59_materials.ipynb #0e7fad6f
 _CAMERA = {
-    "road": ("asphalt 5f5e5d 737069", "cobbles 857b70 6a6764", "setts 8d7065 7d6860", "plates 9b958a 8a8378", "wet 4c4e52 5c5f64"),
-    "sidewalk": ("asphalt 565558 66646a", "pavers 94786a a0867a", "flags b5aa98 8d877c", "cobbles 7a7672 8a8478", "gravel a8977a 96866a"),
+    "road": ("cobbles 857b70 94897c", "setts 8d7065 9a7c6c", "plates a39c90 938b80", "asphalt 7b7772 86817a", "wet 4c4e52 5c5f64"),
+    "sidewalk": ("asphalt 4c4b4e 57565a", "asphalt 5a5856 646160", "pavers 94786a a0867a", "gravel a89c6a 96906a"),
     "building": ("brick a0604c 8a5546 b0785a", "plaster d8cfb8 cbb894 c9a98a d4c9c4", "stone a89f8e 948b7c", "timber ded4c0 d0bf9c",
                  "glass 6f8aa4 8098ac", "ivy a8987e b9a58c", "concrete 9c9a95 aba597", "tin 8f979c a39b8a"),
-    "wall": ("rubble 8f8676 7f7a70", "render c2ad8e b9946f", "gabion 84867f 94928a", "precast a5a39c 97938a", "vines 8a6a58 7d7268"),
+    "wall": ("render c2ad8e b9946f cbbd9d", "gabion 84867f 94928a", "precast a5a39c b4a58c", "vines 8a6a58 7d7268"),
     "fence": ("boards 8a6a48 75583c", "corrugated 8f949a 7f8a80", "panels a09a8c 8a8a84", "plain d8d4c8 2f3a34"),
     "pole": ("steel 8b8d8c a0a2a2", "bark 6b543c 7a6650", "plain 3f5648 2f4a40", "rings 8a8078 6a6a6c"),
     "traffic light": ("plain 2c3b33 3c423a", "plain b59a2a c2a434", "plain 5a5e62 4c5054"),
     "traffic sign": ("plain 3a5f9a a5474a c5c4bd b59a4a", "plain 2f7a52 2a6a4a", "stripes d8d4cc c8a030"),
     "vegetation": ("foliage 4f7a34 5b7a3c 3f6030", "autumn 9a6a34 a8783a 86603a", "needles 34503c 3f5a44", "olive 7c8460 6f7a58"),
-    "terrain": ("meadow 6f8a40 80904c", "mud 7d6a50 8a7658", "gravel a89878 988a6c", "grass 94904f 7f8a48"),
+    "terrain": ("meadow 4f7a34 6f8a40", "mud 7d6a50 8a7658", "gravel a89878 988a6c"),
     "sky": ("clouds 6f9fd6 8ab4e0", "overcast b8bec4 a9b2bc", "wisps 86b2e4 a0c2e6", "haze c9c4bc a8bcd4"),
     "person": ("cloth 3a3a44 54483f 2c3038 7a6a5c", "check 8a4038 44587a 7a6a4c", "stripes c8c4b8 5f6fa0 8a8a90",
     "plain a8453f 3f5fa8 8c8070"),
     "rider": ("cloth 7a4038 44587a 8a8478", "check 566a50 6a4a5a", "plain c0c83a d06a2a", "stripes 9a9a9c 3a4a6a"),
     "car": ("sheet 8a8d90 b5b7b8 6a6f74", "sheet 3a3d42 2f3f5f 5a2c2c", "plain 5f6f5c 8a8468 74806c", "sheet c9c4b8 d5d7da"),
-    "truck": ("tarp a03a34 3f5f8a 4a7060", "corrugated 8f949a b08a4a", "livery 3f6a8f 8a8f94", "panels d8d4c8 a8a49a"),
-    "bus": ("cladding cfc8b8 c0a860", "livery 2f6fa8 a83a34", "sheet d8d6d0 8fa39a"),
-    "train": ("cladding a8362f c0b040", "sheet d0ccc2 9a9590", "livery 3f6f8f b5502f"),
+    "truck": ("tarp a03a34 3f5f8a 4a7060", "corrugated b08a4a 8a5a4a", "livery 3f6a8f a84a34"),
+    "bus": ("cladding cfc8b8 d8c89a", "livery 3f6f5f 4a7f6f", "sheet d8d6d0 c8b890"),
+    "train": ("cladding a8362f c0b040", "sheet c8602f b83a34", "livery b5502f 8f949a"),
     "motorcycle": ("sheet 3a3f4a 5a5a5c", "plain 8a8f94 a83a34 c8c4b8"), "bicycle": ("plain 4a3a34 3a3434 8a9094", "plain a8a49a 3f6f5a")}
 
 # %% ../nbs/59_materials.ipynb #12a4d134
