@@ -10,7 +10,8 @@ from make_tables import HERE, records
 
 from mlan.run_folder import load_pictures, save_pictures
 from mlan.study.diagnosis import without_photographs
-from mlan.study.rows import PAIRS, Row, experiment_key, row_records
+from mlan.study.records import experiment_key, row_records
+from mlan.study.rows import PAIRS, Row
 
 METHODS = ("source_only", "rl_al", "il_al", "cr_al", "mlan")
 

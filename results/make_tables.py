@@ -10,7 +10,8 @@ from pathlib import Path
 from mlan.study.comparison import Table, ablation_figure
 from mlan.study.evidence import ablation, condition_table, coverage_table, pairs_table, pretrained_table, search_table
 from mlan.study.paper_tables import PAPER_MIOU, STEPS
-from mlan.study.rows import CONTROL_STEPS, PAIRS, Row, read_records, row_records, row_scores
+from mlan.study.records import read_records, row_records, row_scores
+from mlan.study.rows import CONTROL_STEPS, PAIRS, Row
 from mlan.study.verdicts import MAIN, data_set_table, fair_table, findings, outcome_table
 
 HERE = Path(__file__).parent

@@ -16,9 +16,8 @@ from mlan.methods import METHODS, Setup, make_setup
 from mlan.settings import PROFILES, RUNTIME_SETTINGS
 from mlan.study import runner
 from mlan.study.examination import PORTIONS
-from mlan.study.rows import (
-    BENCHMARK, FACTORS, PAIRS, TABLES, Row, example_record, experiment_key, experiment_title, lookup, of_profile, planned, read_records,
-    row_records, row_setup, trials)
+from mlan.study.records import example_record, experiment_key, experiment_title, lookup, of_profile, planned, read_records, row_records
+from mlan.study.rows import BENCHMARK, FACTORS, PAIRS, TABLES, Row, row_setup, trials
 from mlan.study.runner import expected_seconds, missing, run_missing, work
 
 pytestmark = pytest.mark.usefixtures("no_report")           # drawing takes longer than the smallest run

@@ -13,8 +13,9 @@ from mlan.study.evidence import (
     ablation, agreement_table, condition_table, coverage_table, gap_table, order_table, pairs_table, pretrained_table, repeat_differences,
     search_table)
 from mlan.study.paper_tables import PAPER_MIOU, STEPS, gain
-from mlan.study.rows import BENCHMARK, PAIRS, Row, read_records, row_setup, trials
-from mlan.study.rows import example_record as record
+from mlan.study.records import read_records
+from mlan.study.rows import BENCHMARK, PAIRS, Row, row_setup, trials
+from mlan.study.records import example_record as record
 from mlan.study.runner import measure
 from mlan.study.verdicts import WORDS, answers, data_set_table, fair_table, findings, outcome_table, repeat_table, tally
 
@@ -185,7 +186,7 @@ def test_clear_is_what_is_clear_among_all_that_is_asked():
 
 def test_the_final_notebook_runs_a_row_again_in_little_time():
     "Its last cells in a process of their own, with MLAN_RERUN unset."
-    cells = json.loads((ROOT / "nbs" / "80_results.ipynb").read_text())["cells"]
+    cells = json.loads((ROOT / "nbs" / "99_results.ipynb").read_text())["cells"]
     code = ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
     needed = [c for c in code if c.startswith(("#| hide\nimport os", "from mlan.study", "wanted, records", "smoke ="))]
     assert len(needed) == 4
@@ -195,7 +196,7 @@ def test_the_final_notebook_runs_a_row_again_in_little_time():
 
 
 def test_the_final_notebook_is_committed_with_its_outputs():
-    cells = [c for c in json.loads((ROOT / "nbs" / "80_results.ipynb").read_text())["cells"] if c["cell_type"] == "code"]
+    cells = [c for c in json.loads((ROOT / "nbs" / "99_results.ipynb").read_text())["cells"] if c["cell_type"] == "code"]
     silent = ["".join(c["source"]).splitlines()[-1] for c in cells if not c["outputs"] and "#|" not in "".join(c["source"])[:3]]
     assert not [line for line in silent if line.startswith(("outcome", "table", "search", "pairs", "tally", "agreement", "drawn", "TABLE"))]
 

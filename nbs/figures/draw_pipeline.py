@@ -37,32 +37,32 @@ class Block:
 
 
 BLOCKS = (
-    Block((1, 2, 3), (30, 108, 116, 112), "Source", (), top=14),
-    Block((1, 2, 3), (30, 262, 116, 112), "Target", (), badge=False, top=14),
-    Block((0, 4, 5, 6, 7, 8, 22), (180, 108, 82, 266), "Data sets",
+    Block((1, 2, 3, 4, 5), (30, 108, 116, 112), "Source", (), top=14),
+    Block((1, 2, 3, 4, 5), (30, 262, 116, 112), "Target", (), badge=False, top=14),
+    Block((10, 12, 13, 14, 15, 32, 0), (180, 108, 82, 266), "Data sets",
           ("label spaces", "files, folders", "layouts", "checks", "samples", "augmentation"), top=90),
-    Block((10,), (300, 78, 206, 46), "Region labels", ("HOG, DBSCAN: $N$ relations",), top=16),
-    Block((11,), (406, 146, 100, 90), r"$C_\mathrm{region}$", ("3 region levels",), badge=False, top=37),
-    Block((11,), (406, 258, 100, 80), r"$C_\mathrm{image}$", (r"domain, 3$\times$3",), badge=False, top=30),
-    Block((11,), (406, 360, 100, 66), r"$C_\mathrm{seg}$", ("classes",), badge=False, top=24),
-    Block((12,), (554, 360, 146, 66), "Objective", (r"$L_\mathrm{seg}$: source labels",), top=24),
-    Block((13,), (554, 146, 146, 90), "RL-AL",
+    Block((20,), (300, 78, 206, 46), "Region labels", ("HOG, DBSCAN: $N$ relations",), top=16),
+    Block((21,), (406, 146, 100, 90), r"$C_\mathrm{region}$", ("3 region levels",), badge=False, top=37),
+    Block((21,), (406, 258, 100, 80), r"$C_\mathrm{image}$", (r"domain, 3$\times$3",), badge=False, top=30),
+    Block((21,), (406, 360, 100, 66), r"$C_\mathrm{seg}$", ("classes",), badge=False, top=24),
+    Block((22,), (554, 360, 146, 66), "Objective", (r"$L_\mathrm{seg}$: source labels",), top=24),
+    Block((23,), (554, 146, 146, 90), "RL-AL",
           (r"$L_\mathrm{region}$: learn relations", r"$L_\mathrm{ent}$: max-min entropy,", "gradient reversed"), top=21),
-    Block((14,), (554, 258, 146, 80), "IL-AL", (r"$L_\mathrm{image}$: $E$ makes the", "target pass for source"), top=23),
-    Block((15,), (762, 108, 112, 216), "CR-AL", ("each map weighs", "the other's loss"), top=17),
-    Block((16,), (762, 346, 112, 102), "MLCM", (), top=15),
-    Block((17,), (30, 462, 232, 72), "Regularized translation",
+    Block((24,), (554, 258, 146, 80), "IL-AL", (r"$L_\mathrm{image}$: $E$ makes the", "target pass for source"), top=23),
+    Block((25,), (762, 108, 112, 216), "CR-AL", ("each map weighs", "the other's loss"), top=17),
+    Block((26,), (762, 346, 112, 102), "MLCM", (), top=15),
+    Block((27,), (30, 462, 232, 72), "Regularized translation",
           ("$G$, $D$: source images in", "the target's style"), top=18),
-    Block((18,), (300, 462, 250, 72), "Regularized self-training",
+    Block((28,), (300, 462, 250, 72), "Regularized self-training",
           (r"pseudo labels $\hat{Y}_t$ where the map", "asks for them"), top=18),
-    Block((20,), (606, 462, 268, 72), "Evaluation", ("one confusion matrix, IoU per class,", "mIoU"), top=18),
+    Block((30,), (606, 462, 268, 72), "Evaluation", ("one confusion matrix, IoU per class,", "mIoU"), top=18),
 )
 FRAMES = (  # what is around what: numbers, inset, y, fill and its head's, title, the gap to a text, the text
-    ((*range(60, 82),), 2, -54, ("#dde4eb", "#d1d9e3"), "Command line and study", 204,
+    ((*range(70, 100),), 2, -54, ("#dde4eb", "#d1d9e3"), "Command line and study", 204,
      "flags, experiments, statistics; the paper's tables beside ours"),
-    ((*range(50, 60),), 6, -24, ("#e6ebf0", "#dae1e9"), "adapt", 62, "runs, folders, reports, costs; your own method"),
-    ((*range(30, 50),), 10, 6, ("#eff2f6", "#e3e8ee"), "Methods", 82, "what is trained, from where, on what: MLAN below is one of many"),
-    ((21, *range(23, 30), 9), 14, 36, ("#ffffff", "#eef1f5"), "Lab and trainer", 128,
+    ((*range(60, 70),), 6, -24, ("#e6ebf0", "#dae1e9"), "adapt", 62, "runs, folders, reports, costs; your own method"),
+    ((*range(40, 60),), 10, 6, ("#eff2f6", "#e3e8ee"), "Methods", 82, "what is trained, from where, on what: MLAN below is one of many"),
+    ((31, *range(33, 40), 11), 14, 36, ("#ffffff", "#eef1f5"), "Lab and trainer", 128,
      "settings, one loop, stages that are kept under keys"),
 )
 
@@ -178,8 +178,8 @@ def draw_frames(ax: Axes, lit: int | None) -> None:
 
 def draw_flows(ax: Axes, lit: int | None) -> None:
     "Arrows: source in blue, target in amber, what the maps weigh in dashed grey."
-    s, t, a = SOURCE, TARGET, LIT if lit == 15 else ALIGN
-    b = LIT if lit == 16 else ALIGN
+    s, t, a = SOURCE, TARGET, LIT if lit == 25 else ALIGN
+    b = LIT if lit == 26 else ALIGN
     for points, color in (
             ([(146, 164), (180, 164)], s), ([(146, 318), (180, 318)], t),                            # data
             ([(221, 108), (221, 101), (300, 101)], s), ([(506, 101), (627, 101), (627, 146)], s),      # region labels
@@ -195,8 +195,8 @@ def draw_flows(ax: Axes, lit: int | None) -> None:
         route(ax, points, color)
     route(ax, [(700, 170), (762, 170)], t)
     route(ax, [(700, 304), (762, 304)], t)
-    route(ax, [(762, 190), (700, 282)], a, True, 2.4 if lit == 15 else 1.6)
-    route(ax, [(762, 278), (700, 200)], a, True, 2.4 if lit == 15 else 1.6)
+    route(ax, [(762, 190), (700, 282)], a, True, 2.4 if lit == 25 else 1.6)
+    route(ax, [(762, 278), (700, 200)], a, True, 2.4 if lit == 25 else 1.6)
     route(ax, [(818, 324), (818, 346)], b, True)
     route(ax, [(762, 400), (728, 400), (728, 442), (225, 442), (225, 462)], b, True)
     route(ax, [(500, 442), (500, 462)], b, True)
@@ -204,17 +204,17 @@ def draw_flows(ax: Axes, lit: int | None) -> None:
 
 def draw_extractor(ax: Axes, lit: int | None) -> None:
     "E as a funnel."
-    on = lit in (11, 19)
+    on = lit in (21, 29)
     ax.add_patch(Polygon([(300, 146), (364, 172), (364, 402), (300, 428)], fc=LIT if on else PALE, joinstyle="round",
                          ec=LIT_EDGE if on else PALE_EDGE, lw=2.2 if on else 1.0, zorder=3))
     write(ax, 332, 276, "$E$", 20, weight="bold", color="white" if on else INK)
     write(ax, 332, 300, "features", 10.5, color="white" if on else SOFT)
-    badge(ax, 302, 148, (11,) if lit != 19 else (19,), lit)
+    badge(ax, 302, 148, (21,) if lit != 29 else (29,), lit)
 
 
 def draw_pictures(ax: Axes, lit: int | None) -> None:
     "Small pictures inside the blocks: streets, labels and maps."
-    pale = {n: 1.0 if lit in (n, None) or (n, lit) in ((1, 2), (1, 3)) else 0.6 for n in (1, 15, 16)}
+    pale = {n: 1.0 if lit in (n, None) or (n == 1 and lit in range(2, 6)) else 0.6 for n in (1, 25, 26)}
     photo, other = (("#9fc5ea", "#a4866b", "#5f9a55", "#6d7078", "#b6b1ab", "#c43c35"),
                     ("#c9c6bd", "#6d6157", "#4c5f46", "#47464a", "#7f7a74", "#5d6f8f"))
     street(ax, (36, 134, 50, 42), photo, pale[1])
@@ -224,21 +224,21 @@ def draw_pictures(ax: Axes, lit: int | None) -> None:
     write(ax, 115, 309, "?", 20, weight="bold", color=TARGET)
     for y, left, right in ((187, "images", "labels"), (341, "images", "no labels")):
         for x, text in ((61, left), (115, right)):
-            write(ax, x, y, text, 10, color="white" if lit in (1, 2, 3) else SOFT)
-    write(ax, 88, 205, "$X_s,\\ Y_s$", 11.5, color="white" if lit in (1, 2, 3) else SOURCE)
-    write(ax, 88, 359, "$X_t$", 11.5, color="white" if lit in (1, 2, 3) else TARGET)
+            write(ax, x, y, text, 10, color="white" if lit in range(1, 6) else SOFT)
+    write(ax, 88, 205, "$X_s,\\ Y_s$", 11.5, color="white" if lit in range(1, 6) else SOURCE)
+    write(ax, 88, 359, "$X_t$", 11.5, color="white" if lit in range(1, 6) else TARGET)
     region, image, multi = consistency_maps()
-    heat_map(ax, (778, 172, 80, 40), region, pale[15])
-    heat_map(ax, (797, 240, 42, 42), image, pale[15])
-    heat_map(ax, (778, 372, 80, 38), multi, pale[16])
+    heat_map(ax, (778, 172, 80, 40), region, pale[25])
+    heat_map(ax, (797, 240, 42, 42), image, pale[25])
+    heat_map(ax, (778, 372, 80, 38), multi, pale[26])
 
 
 def draw_words(ax: Axes, lit: int | None) -> None:
     "Names of the maps and of some arrows, and what the colours mean."
-    write(ax, 818, 223, r"$M_\mathrm{region}$", 11.5, color="white" if lit == 15 else INK)
-    write(ax, 818, 296, r"$M_\mathrm{image}$", 11.5, color="white" if lit == 15 else INK)
+    write(ax, 818, 223, r"$M_\mathrm{region}$", 11.5, color="white" if lit == 25 else INK)
+    write(ax, 818, 296, r"$M_\mathrm{image}$", 11.5, color="white" if lit == 25 else INK)
     for y, text in ((420, r"$M_\mathrm{multi} =$"), (436, r"$M_\mathrm{region} \times M_\mathrm{image}$")):
-        write(ax, 818, y, text, 11, color="white" if lit == 16 else INK)
+        write(ax, 818, y, text, 11, color="white" if lit == 26 else INK)
     for x, color, dashed, text in ((250, SOURCE, False, "source flow"), (390, TARGET, False, "target flow"),
                                    (530, ALIGN, True, "a map weighs a loss")):
         route(ax, [(x, 558), (x + 32, 558)], color, dashed)
@@ -253,7 +253,7 @@ def draw(lit: int | None) -> Figure:
     draw_frames(ax, lit)
     draw_flows(ax, lit)
     for shift in (8, 4):                                        # the plates behind C_region are its other two levels
-        rounded(ax, (406 + shift, 146 - shift, 100, 90), lit == 11, zorder=2.8)
+        rounded(ax, (406 + shift, 146 - shift, 100, 90), lit == 21, zorder=2.8)
     for block in BLOCKS:
         draw_block(ax, block, lit)
     draw_extractor(ax, lit)
