@@ -8,19 +8,17 @@ __all__ = ['draw_scene']
 # %% ../nbs/04_scenes.ipynb #cbc18901
 from types import SimpleNamespace
 
-from .materials import LOOKS, MADE, Picture, bush, tree
-from .painter import TRAIN_ID, View, dim, flank, front, ground, lattice, mix, panel, shadow, slope
-from .things import DARK, GLASS, WHITE, bollards, bus, car, light, person, planter, pole, road_sign, train, truck, two_wheels
+from .painter import LOOKS, TRAIN_ID, Picture, View, box, dim, disc, flank, front, ground, mix, panel, shadow, side, wheels
 
 # %% ../nbs/04_scenes.ipynb #4cc53cad
 _LAYOUT = { # expected numbers, weights, probabilities and sizes in metres, for each domain
-    "horizon": (.45, .38, .43), "focal": (1.2, 1.05, 1.3), "eye": (1.8, 2.6, 1.6), "freedom": (1., 1., 2.), # of the camera
-    "road": (4.6, 6., 4.3), "sidewalk": (3.2, 4.4, 3.4), "verge": (.5, 0., .45), # half width, width, chance of grass
-    "building": (3.2, 5., 3.6), "wall": (2.2, 1.4, 2.), "fence": (2.2, 1.8, 2.4), "park": (1.8, 1.6, 1.6), # weights
-    "floors": (3.4, 4.5, 3.6), "trees": (3.2, 3.2, 3.2),
-    "pole": (3.5, 4., 3.6), "light": (1.6, 2., 1.4), "sign": (2.4, 2.4, 2.2),
-    "person": (4., 7., 4.4), "rider": (1.2, 1.6, 1.4), "motorcycle": (1., 1., .9), "bicycle": (1.2, 1.4, 1.2),
-    "car": (4., 4., 3.6), "truck": (.5, 0., .45), "bus": (.5, .6, .5), "train": (.45, 0., .45)} # the last three: chances
+    "horizon": (.45, .38, .43), "focal": (1.2, 1.05, 1.32), "eye": (1.8, 2.6, 1.5), # of the camera
+    "road": (4.6, 6., 3.9), "sidewalk": (3.2, 4.4, 3.6), "verge": (.5, 0., .45), # half width, width, chance of grass
+    "building": (3.2, 5., 3.8), "wall": (2.2, 1.4, 2.), "fence": (2.2, 1.8, 2.), "park": (1.8, 1.6, 1.7), # weights
+    "floors": (3.4, 4.5, 4.), "trees": (3.2, 3.2, 3.8),
+    "pole": (3.5, 4., 4.), "light": (1.6, 2., 1.6), "sign": (2.4, 2.4, 2.6),
+    "person": (4., 7., 5.), "rider": (1.2, 1.6, 1.4), "motorcycle": (1., 1., .9), "bicycle": (1.2, 1.4, 1.2),
+    "car": (4., 4., 5.), "truck": (.5, 0., .45), "bus": (.5, .6, .5), "train": (.45, 0., .45)} # the last three: chances
 
 def _layout(domain, shift):
     "The layout at a fraction `shift` from the engine's to the domain's; what a domain lacks, it always lacks."
@@ -29,41 +27,35 @@ def _layout(domain, shift):
 
 # %% ../nbs/04_scenes.ipynb #12b301b6
 class _Scene(Picture):
-    "A picture that knows where its street lies, and where it ends."
+    "A picture that knows where its street lies."
     def __init__(self, domain, size, view, dice, layout):
         super().__init__(domain, size, view, dice)
-        free, half = layout.freedom, layout.road * dice.between(.8, 1.25)
-        self.layout, shift = layout, dice.between(-.45 - .1 * (free - 1), .1 + .3 * (free - 1))
+        self.layout, half, shift = layout, layout.road * dice.between(.8, 1.25), dice.between(-.45, .1)
         self.left, self.right, self.walk = -half * (1 - shift), half * (1 + shift), layout.sidewalk * dice.between(.75, 1.35)
-        self.close = dice.between(52, 70) if self.own() and dice.chance(.4) else 400. # a house across the street
-        self.shade = dice.between(1, 9) if self.own() and dice.chance(.6) else 0. # how high the shadow of one side climbs up the other
 
 # %% ../nbs/04_scenes.ipynb #7e7ef95a
 def _sky_and_ground(s):
     "The sky as a ceiling high above, the land below, sidewalks with curbs, a strip of grass, the road."
     rows, cols = s.window(-9, 9, 0, 1)
-    colour, made = s.look("sky", 0, 14)
-    s.paint((rows, cols, True), TRAIN_ID["sky"], *colour, made, 0, 0, -1 / (s.view.focal * 60))
+    s.paint((rows, cols, True), TRAIN_ID["sky"], *s.colour("sky"), 1, 0, 0, -1 / (s.view.focal * 60))
     land, far = "sidewalk" if s.domain == "cartoon" else "terrain", 400.
-    colour, made = s.look(land)
-    ground(s, land, colour, -900, 900, .7, far, 0, made)
+    ground(s, land, s.colour(land), -900, 900, .7, far)
+    colour = s.colour("sidewalk")
     for sign, edge in ((-1, s.left), (1, s.right)):
-        colour, made = s.look("sidewalk", sign)
-        ground(s, "sidewalk", colour, edge, edge + sign * s.walk, .7, far, .12, made)
-        if s.own(sign): # a path for bicycles in red
-            ground(s, "sidewalk", mix(colour, (.58, .32, .26), .6), edge + sign * .5, edge + sign * 1.7, .7, far, .12, made)
+        ground(s, "sidewalk", colour, edge, edge + sign * s.walk, .7, far, .12)
         if s.dice.chance(s.layout.verge):
-            (green, grass), outer = s.look("terrain", sign), edge + sign * s.walk * s.dice.between(.3, .55)
-            ground(s, "terrain", green, edge + sign * .3, outer, .7, far, .12, grass)
-        ground(s, "sidewalk", dim(colour, 1.15), edge, edge + sign * .2, .7, far, .12)
-        flank(s, "sidewalk", dim(colour, 1.1), edge, .7, far, 0, .13)
-    colour, made = s.look("road")
-    ground(s, "road", colour, s.left, s.right, .7, far, 0, made)
+            outer = edge + sign * s.walk * s.dice.between(.3, .55)
+            ground(s, "terrain", s.colour("terrain"), edge + sign * .3, outer, .7, far, .12)
+    ground(s, "road", s.colour("road"), s.left, s.right, .7, far)
+    for edge in (s.left, s.right): flank(s, "sidewalk", dim(colour, 1.15), edge, .7, far, 0, .13)
 
-# %% ../nbs/04_scenes.ipynb #92a3d024
-def _stripes(s, white, middle):
-    "Lane marks, edge lines and a crossing."
+def _marks(s):
+    "Lane marks, edge lines, a crossing, and patches of other asphalt."
     between, chance = s.dice.between, s.dice.chance
+    white, middle = mix(s.colour("road"), (.92, .92, .88), .75), (s.left + s.right) / 2
+    for _ in range(s.dice.count(3)):
+        x, z = between(s.left, s.right - 1.5), between(2, 25)
+        ground(s, "road", s.colour("road", between(.75, 1.2)), x, x + between(.6, 1.5), z, z + between(1, 6))
     first, length, period = between(1.5, 5), between(1.5, 3), between(5, 8)
     for z in (first + i * period for i in range(10)):
         ground(s, "road", white, middle - .08, middle + .08, z, z + length)
@@ -73,178 +65,189 @@ def _stripes(s, white, middle):
     for i in range(int((s.right - s.left) / 1.1) if chance(.35) else 0):
         ground(s, "road", white, s.left + .4 + i * 1.1, s.left + .95 + i * 1.1, z, z + 3)
 
-def _marks(s):
-    "Patches of other asphalt, and white stripes; on streets of the camera's also rails, manholes, bays."
-    between, middle, own = s.dice.between, (s.left + s.right) / 2, s.own()
-    for _ in range(s.dice.count(3)):
-        x, z, (colour, made) = between(s.left, s.right - 1.5), between(2, 25), s.look("road")
-        ground(s, "road", dim(colour, between(.75, 1.2)), x, x + between(.6, 1.5), z, z + between(1, 6), 0, made)
-    kind = s.dice.pick(("stripes", "rails", "bays", "bare")) if own else "stripes"
-    white = mix(s.colour("road"), (.92, .92, .88), .75)
-    if kind != "bare": _stripes(s, white, middle + own * between(-1, 1))
-    for x in (-2.4, -1., .8, 2.2) if kind == "rails" else (): ground(s, "road", (.30, .30, .32), middle + x, middle + x + .12, .7, 300)
-    for z in range(3, 40, 6) if kind == "bays" else (): ground(s, "road", white, s.right - 2.1, s.right, z, z + .15)
-    for z in (between(3, 6), between(6, 15)) if own else (): ground(s, "road", (.24, .24, .25), s.left + z, s.left + z + .7, z, z + .7)
-
-# %% ../nbs/04_scenes.ipynb #beb4c68f
-def _shadows(s):
-    "What the houses on the sun's side take from the ground: a few blocks, or all of one side of the street."
-    between, inner = s.dice.between, (s.left - 9, s.right + 9)
-    edge = inner[s.sun > 0]
-    for i in range(4 if s.dice.chance(.4) else 0):
-        x, z = between(s.left, s.right), 2 + 9 * i
-        shadow(s, min(edge, x), max(edge, x), z, z + between(4, 9), .6)
-    for z in range(0, 60, 6) if s.shade else (): # roofs of several heights
-        x = edge - s.sun * (9 + between(.2, .9) * (s.right - s.left))
-        shadow(s, min(edge, x), max(edge, x), z, z + between(5, 6), .55)
-
 # %% ../nbs/04_scenes.ipynb #7d32f413
+def _tree(s, X, Z, height):
+    "A trunk, and a crown of ellipses, darker below."
+    between, width = s.dice.between, height * s.dice.between(.22, .34)
+    panel(s, "vegetation", mix(s.colour("vegetation"), (.25, .18, .12), .8), Z, X - .16, X + .16, 0, height * .5)
+    for i in range(6) if Z < 30 else (0, 2, 4):
+        x, y, rx = X + between(-.6, .6) * width, height * (.48 + .075 * i), width * between(.6, .85)
+        disc(s, "vegetation", s.colour("vegetation", .62 + .08 * i), Z, x, y, rx, height * .2, 1)
+
 def _building(s, sign, X, z0, z1):
     "The wall that faces us, the facade along the street, a shop floor, doors, a cornice."
-    between, height, (colour, made) = s.dice.between, 3.1 * (1 + s.dice.count(s.layout.floors)) + .8, s.look("building", X, z0)
-    X = X + sign * s.dice.pick((0, 0, 1, 2.5))
-    panel(s, "building", dim(colour, .86), z0, min(X, X + sign * 14), max(X, X + sign * 14), 0, height, made)
-    flank(s, "building", colour, X, z0, z1, 0, height, made)
-    shop = mix(s.colour("building", .8, X, z0), (.2, .2, .22), .35)
+    between, height, colour = s.dice.between, 3.1 * (1 + s.dice.count(s.layout.floors)) + .8, s.colour("building")
+    X, lit = X + sign * s.dice.pick((0, 0, 1, 2.5)), 1. if sign != s.sun else .72
+    panel(s, "building", dim(colour, 1.72 - lit), z0, min(X, X + sign * 14), max(X, X + sign * 14), 0, height, 1)
+    flank(s, "building", dim(colour, lit), X, z0, z1, 0, height, 1)
+    shop = mix(s.colour("building", .8 * lit), (.2, .2, .22), .35)
     if s.dice.chance(.6): flank(s, "building", shop, X, z0, z1, 0, 2.9)
     for _ in range(2 if z0 < 40 else 0):
         z = between(z0 + .3, z1 - 2)
         flank(s, "building", mix(shop, (.12, .13, .16), .7), X, z, z + between(1.1, 1.8), 0, 2.3)
-    flank(s, "building", dim(colour, 1.18), X, z0, z1, height - .5, height)
-
-# %% ../nbs/04_scenes.ipynb #1df74ed1
-def _shop(s, sign, X, z0, z1):
-    "Show windows under a lettered board, some with an awning; or an arcade's dark arches."
-    board = s.dice.pick(((.62, .20, .17), (.18, .30, .48), (.20, .38, .26), (.85, .80, .66), (.25, .2, .2)))
-    if s.dice.chance(.3):
-        flank(s, "building", DARK, X, z0, z1, 0, 3)
-        for k in range(int((z1 - z0) / 2.6) if z0 < 40 else 0):
-            flank(s, "building", s.colour("building", 1, X, z0), X, z0 + 2.6 * k, z0 + 2.6 * k + .8, 0, 3)
-        return
-    flank(s, "building", mix(GLASS, (.5, .55, .6), .3), X, z0 + .4, z1 - .4, .4, 2.7, MADE["shop"])
-    flank(s, "building", board, X, z0 + .2, z1 - .2, 2.75, 3.45)
-    flank(s, "building", WHITE, X, z0 + .3 * (z1 - z0), z0 + .7 * (z1 - z0), 2.95, 3.25)
-    if z0 > 40 or s.dice.chance(.5): return
-    out = X - sign * 1.5
-    slope(s, "building", dim(board, 1.2), [(X, 3., max(z0, 1.)), (X, 3., z1), (out, 2.45, z1), (out, 2.45, max(z0, 1.))], MADE["awning"])
-
-def _balconies(s, sign, X, z0, z1, floor, floors):
-    "Slabs with railings before the windows."
-    colour, out, (grey, _) = s.colour("building", .9, X, z0), X - sign * 1., s.look("pole", X, z0)
-    for k in range(1, min(floors, 6)):
-        y, a, b = floor * k + .6, z0 + .15 * (z1 - z0), z0 + .75 * (z1 - z0)
-        slope(s, "building", dim(colour, .55), [(X, y, a), (X, y, b), (out, y, b), (out, y, a)])
-        panel(s, "building", dim(colour, .8), a, min(X, out), max(X, out), y - .15, y + .9)
-        lattice(s, "building", dim(grey, .8), out, a, b, y, y + .95, (.3, .3, .92, .1, 0))
-
-# %% ../nbs/04_scenes.ipynb #61087309
-def _gable(s, sign, X, z0, z1, height, colour, made):
-    "A pitched roof with its ridge along the street, and the gable that faces us."
-    wide, rise, tile = 9., s.dice.between(2.5, 5), s.dice.pick(((.55, .30, .24), (.33, .33, .36), (.45, .36, .31)))
-    ridge, eaves = X + sign * wide / 2, X - sign * .4
-    front(s, "building", dim(colour, .86), z0, ((X, height), (ridge, height + rise), (X + sign * wide, height)), made)
-    corners = (eaves, height - .2, z0), (eaves, height - .2, z1), (ridge, height + rise, z1), (ridge, height + rise, z0)
-    slope(s, "building", tile, corners, MADE["roof"])
-    for _ in range(s.dice.count(1) if z0 < 45 else 0):
-        z = s.dice.between(z0, z1 - 1)
-        panel(s, "building", dim(tile, .8), z, min(X + sign, X + sign * 2.6), max(X + sign, X + sign * 2.6), height + .2, height + 2.1)
-        flank(s, "building", (.75, .73, .68), X + sign, z, z + 1.4, height + .3, height + 1.9)
-
-def _terrace(s, sign, X, z0, z1):
-    "Narrow houses side by side, each of its own material: gables, shops, balconies, a scaffold."
-    count, chance = s.dice.pick((1, 1, 2, 2, 3)) if z1 - z0 > 8 else 1, s.dice.chance
-    X, ends = X + sign * s.dice.pick((0, 0, .5, 1.2)), [z0 + (z1 - z0) * k / count for k in range(count + 1)]
-    for a, b in reversed([*zip(ends, ends[1:])]):
-        (colour, made), floor, floors = s.look("building", X, a), s.dice.pick((2.9, 3.1, 3.6)), 1 + s.dice.count(s.layout.floors)
-        height, wide = floor * floors + 1.2, 9. if chance(.6) else 14.
-        panel(s, "building", dim(colour, .86), a, min(X, X + sign * wide), max(X, X + sign * wide), 0, height, made)
-        flank(s, "building", colour, X, a, b, 0, height, made)
-        if wide < 10: _gable(s, sign, X, a, b, height, colour, made)
-        else: flank(s, "building", dim(colour, .8), X - sign * .2, a, b, height - .35, height + .15)
-        if chance(.5): _shop(s, sign, X, a, b)
-        elif a < 40: flank(s, "building", s.dice.pick(((.36, .22, .16), (.2, .3, .25), (.25, .28, .36))), X, a + 1., a + 2.2, 0, 2.4)
-        if chance(.35) and 2 < a < 35: _balconies(s, sign, X, a, b, floor, floors)
-        elif chance(.12) and 2 < a < 35:
-            lattice(s, "building", (.58, .56, .52), X - sign * 1.1, a, b, 0, height, (2.4, .05, 2.0, .07, 0))
+    flank(s, "building", dim(colour, lit * 1.18), X, z0, z1, height - .5, height)
 
 # %% ../nbs/04_scenes.ipynb #b901f497
-def _house(s, sign, X, z0, z1):
-    "The engine's house or the camera's."
-    (_terrace if s.own(X, z0) else _building)(s, sign, X, z0, z1)
-
-def _fence(s, sign, X, z0, z1, height):
-    "Boards; or railings, pickets and wire, which one sees through."
-    (colour, made), kinds = s.look("fence", X, z0), ((.26, .28, .9, .1, 0), (.34, .55, .8, .14, 0), (.42, .13, .42, .13, 1), None)
-    if s.own(X, z0) and z0 < 40 and (bars := s.dice.pick(kinds)):
-        lattice(s, "fence", colour, X, z0, z1, 0, height, bars)
-        for k in range(int((z1 - z0) / 2.5)): flank(s, "fence", dim(colour, .8), X, z0 + 2.5 * k, z0 + 2.5 * k + .16, 0, height + .1)
-        return
-    flank(s, "fence", colour, X, z0, z1, 0, height, made)
-    flank(s, "fence", dim(colour, 1.25), X, z0, z1, height - .15, height)
-
-def _wall(s, sign, X, z0, z1, height):
-    "A wall with a ledge; in the camera's streets some carry a hedge, or plants hang down."
-    colour, made = s.look("wall", X, z0)
-    if s.own(X, z0) and s.dice.chance(.4):
-        height, (green, leaves) = .55 * height, s.look("vegetation", X, z0)
-        flank(s, "vegetation", dim(green, .9), X + sign * .3, z0, z1, height, height + s.dice.between(.6, 1.4), leaves)
-    flank(s, "wall", colour, X, z0, z1, 0, height, made)
-    flank(s, "wall", dim(colour, 1.25), X, z0, z1, height - .15, height)
-
-# %% ../nbs/04_scenes.ipynb #10372fb3
 def _barrier(s, name, sign, X, z0, z1):
     "A wall or a fence along the sidewalk; trees or a house behind it."
-    between = s.dice.between
-    if s.dice.chance(.45): _house(s, sign, X + sign * between(5, 9), z0, z1)
-    for _ in range(s.dice.count(2)): tree(s, X + sign * between(2, 5), between(z0, z1), between(3.5, 8))
-    for _ in range(s.dice.count(2) if s.own(X, z0) else 0):
-        bush(s, X + sign * between(.8, 3), between(z0, z1), between(1, 3), between(.8, 1.6))
+    between, lit = s.dice.between, 1. if sign != s.sun else .75
+    if s.dice.chance(.45): _building(s, sign, X + sign * between(5, 9), z0, z1)
+    for _ in range(s.dice.count(2)): _tree(s, X + sign * between(2, 5), between(z0, z1), between(3.5, 8))
     height = between(1.8, 3.4) if name == "wall" else between(1.2, 2.2)
-    (_wall if name == "wall" else _fence)(s, sign, X, z0, z1, height)
+    flank(s, name, s.colour(name, lit), X, z0, z1, 0, height, 1)
+    flank(s, name, s.colour(name, lit * 1.25), X, z0, z1, height - .15, height)
 
 def _park(s, sign, X, z0, z1):
-    "Open land with trees and a hedge, or bushes."
+    "Open land with trees and a hedge."
     between = s.dice.between
     for z in sorted((between(z0, z1) for _ in range(1 + s.dice.count(2.5))), reverse=True):
-        tree(s, X + sign * between(1.5, 9), z, between(3.5, 9))
-    for z in sorted((between(z0, z1) for _ in range(s.dice.count(3) if s.own(X, z0) else 0)), reverse=True):
-        bush(s, X + sign * between(.5, 4), z, between(.8, 2.6), between(.7, 1.8))
+        _tree(s, X + sign * between(1.5, 9), z, between(3.5, 9))
     if s.dice.chance(.3):
-        (colour, made), X = s.look("vegetation", X, z0), X + sign * .4
-        flank(s, "vegetation", dim(colour, .8), X, z0, z1, 0, between(.7, 1.6), made)
+        flank(s, "vegetation", s.colour("vegetation", .8), X + sign * .4, z0, z1, 0, between(.7, 1.6), 1)
 
 # %% ../nbs/04_scenes.ipynb #2062fcbb
 def _skyline(s):
-    "What closes the street far away: houses and trees; or, nearer, a row of fronts across it."
+    "What closes the street far away."
     for x in range(-100, 100, 12):
-        colour, made = s.look("building", x, 60)
-        if s.dice.chance(.7): panel(s, "building", colour, 90, x, x + s.dice.between(8, 16), 0, s.dice.between(5, 22), made)
-        else: bush(s, x + 6, 87, s.dice.between(9, 16), 9)
-    if s.close > 100: return
-    for x in range(-48, 48, 12):
-        (colour, made), height = s.look("building", x, 40), s.dice.between(8, 20)
-        panel(s, "building", colour, s.close, x, x + 12, 0, height, made)
-        roof = (x, height), (x + 12, height), (x + 9, height + 3), (x + 3, height + 3)
-        if s.dice.chance(.5): front(s, "building", (.42, .33, .30), s.close, roof, MADE["roof"])
-    ground(s, "sidewalk", s.colour("sidewalk"), -60, 60, s.close - 5, s.close, .12)
+        if s.dice.chance(.7):
+            panel(s, "building", s.colour("building"), 90, x, x + s.dice.between(8, 16), 0, s.dice.between(5, 22), 1)
+        else: disc(s, "vegetation", s.colour("vegetation", .8), 87, x + 6, 2, 9, s.dice.between(4, 9), 1)
 
-# %% ../nbs/04_scenes.ipynb #01b1349f
 def _lots(s):
-    "Both sides of the street: lot after lot, painted from the far end; in the camera's streets some stand back behind a square."
+    "Both sides of the street: lot after lot, painted from the far end."
     lay, between = s.layout, s.dice.between
     bag = [k for k in ("building", "wall", "fence", "park") for _ in range(int(10 * getattr(lay, k)))]
     for sign, X in ((-1, s.left - s.walk), (1, s.right + s.walk)):
-        ends, (colour, made) = [between(-3, 3)], s.look("sidewalk", X)
-        while ends[-1] < min(75, s.close - 8): ends.append(ends[-1] + between(7, 20))
+        ends = [between(-3, 3)]
+        while ends[-1] < 75: ends.append(ends[-1] + between(7, 20))
         for z0, z1 in reversed(list(zip(ends, ends[1:]))):
-            kind, z0, back = s.dice.pick(bag), max(z0, .8), X
+            kind, z0 = s.dice.pick(bag), max(z0, .8)
             if z1 < 1.5: continue
-            if s.own(X, z0) and s.dice.chance(.15):
-                back = X + sign * between(4, 9)
-                ground(s, "sidewalk", colour, X, back, z0, z1, .12, made)
-            if kind == "building": _house(s, sign, back, z0, z1)
-            elif kind == "park": _park(s, sign, back, z0, z1)
-            else: _barrier(s, kind, sign, back, z0, z1)
+            if kind == "building": _building(s, sign, X, z0, z1)
+            elif kind == "park": _park(s, sign, X, z0, z1)
+            else: _barrier(s, kind, sign, X, z0, z1)
+
+# %% ../nbs/04_scenes.ipynb #7d5095c0
+def _pole(s, X, Z):
+    "A street lamp whose arm reaches over the road."
+    colour, height, tip = s.colour("pole"), s.dice.between(5, 8), X + (-1 if X > 0 else 1) * s.dice.between(1, 2)
+    panel(s, "pole", colour, Z, X - .1, X + .1, 0, height)
+    front(s, "pole", colour, Z, ((X, height), (tip, height + .3), (tip, height + .15), (X, height - .18)))
+    panel(s, "pole", dim(colour, 1.2), Z, tip - .35, tip + .35, height + .1, height + .3)
+
+def _light(s, X, Z):
+    "A traffic light on its pole, one lamp of three lit."
+    Y, on = s.dice.between(2.4, 3.4), s.dice.pick((0, 1, 2))
+    panel(s, "pole", s.colour("pole"), Z, X - .08, X + .08, 0, Y + .2)
+    panel(s, "traffic light", s.colour("traffic light"), Z, X - .24, X + .24, Y, Y + 1.25)
+    for i, lamp in enumerate(((.2, .9, .4), (1., .75, .2), (1., .15, .1))):
+        disc(s, "traffic light", lamp if i == on else dim(lamp, .25), Z, X, Y + .22 + .4 * i, .15)
+
+# %% ../nbs/04_scenes.ipynb #658fa0f6
+def _sign(s, X, Z):
+    "A traffic sign on its pole: a disc, a square or a triangle, often with a white inside."
+    Y, r, shape = s.dice.between(2.2, 2.9), s.dice.between(.36, .55), s.dice.pick((0, 1, 2))
+    colour = s.colour("traffic sign")
+    panel(s, "pole", s.colour("pole"), Z, X - .06, X + .06, 0, Y)
+    inner = mix(colour, (.93, .93, .9), .85) if s.dice.chance(.6) else colour
+    for q, c in ((r, colour), (.62 * r, inner)):
+        if shape == 0: disc(s, "traffic sign", c, Z, X, Y, q)
+        elif shape == 1: panel(s, "traffic sign", c, Z, X - q, X + q, Y - q, Y + q)
+        else: front(s, "traffic sign", c, Z, ((X - 1.1 * q, Y - .7 * q), (X + 1.1 * q, Y - .7 * q), (X, Y + 1.2 * q)))
+
+# %% ../nbs/04_scenes.ipynb #80b83a86
+def _figure(s, name, X, Z, low, h, stride):
+    "Legs, arms, trunk and head: a person who walks, or a rider who sits."
+    skin, cloth = mix((.82, .62, .5), (.42, .28, .2), s.dice.between(0, 1)), s.colour(name)
+    legs, w, waist, shoulder = mix(s.colour(name, .5), (.15, .16, .25), .6), h * .13, low + .47 * h, low + .82 * h
+    for k in (-1, 1):
+        foot, hip, hand, arm = X + k * stride, X + k * .09, X + k * w * 1.5, X + k * w
+        front(s, name, legs, Z, ((foot - .09, low), (foot + .09, low), (hip + .09, waist), (hip - .09, waist)))
+        front(s, name, dim(cloth, .8), Z, ((hand - .06, low + .42 * h), (hand + .06, low + .42 * h),
+                                           (arm + .06, low + .8 * h), (arm - .06, low + .8 * h)))
+    front(s, name, cloth, Z, ((X - w, waist), (X + w, waist), (X + w * 1.15, shoulder), (X - w * 1.15, shoulder)), 1)
+    disc(s, name, skin, Z, X, low + .91 * h, .065 * h, .085 * h)
+    disc(s, name, cloth if name == "rider" else (.15, .11, .08), Z, X, low + .955 * h, .07 * h, .05 * h)
+
+# %% ../nbs/04_scenes.ipynb #ffc2b94e
+def _person(s, X, Z):
+    "Someone on foot."
+    shadow(s, X - .5, X + .5, Z - .25, Z + .25, .55)
+    _figure(s, "person", X, Z, 0, s.dice.between(1.5, 1.9), s.dice.between(.05, .25))
+
+def _two_wheels(s, X, Z, name, turn, rider):
+    "A bicycle or a motorcycle, turned from 0.2 (along the street) to 1 (across it), ridden or parked."
+    shadow(s, X - .6, X + .6, Z - .25, Z + .25, .55)
+    colour, big = s.colour(name), name == "motorcycle"
+    r, half, top, bar = (.34, .72 * turn, .62, .36) if big else (.36, .58 * turn, .55, .3)
+    for k in (-1, 1):
+        disc(s, name, (.07, .07, .08), Z, X + k * half, r, max(r * turn, .1), r)
+        disc(s, name, (.35, .35, .36), Z, X + k * half, r, max(r * turn, .1) * .6, r * .6)
+    frame = (X - half, r), (X + half * .3, .8 * r), (X + half, top + .35), (X - half / 2, top + .15)
+    front(s, name, colour, Z, frame)
+    if big: panel(s, name, colour, Z, X - half * .9 - .12, X + half * .5 + .12, r, top + .2)
+    panel(s, name, dim(colour, .6), Z, X + half * .6 - bar, X + half * .6 + bar, top + .38, top + .48)
+    if rider: _figure(s, "rider", X - half * .1, Z - .01, top - .25, s.dice.between(1.4, 1.6), .1 + .1 * turn)
+
+# %% ../nbs/04_scenes.ipynb #8c684fa3
+def _car(s, X, Z):
+    "Body, cabin, panes, wheels, plate and lamps: red on the right half, where we see cars from behind."
+    colour, glass, w, roof = s.colour("car"), (.16, .19, .23), s.dice.between(1.7, 1.9), s.dice.between(1.42, 1.65)
+    length, lamp = s.dice.between(3.8, 4.6), (.75, .08, .06) if X > (s.left + s.right) / 2 else (.95, .93, .8)
+    near, lit = box(s, "car", colour, X, Z, (w, .92, length), .28, 0)
+    wheels(s, "car", near, Z, length, .32)
+    half, inward = w / 2, .12 if near < X else -.12
+    for c, a in ((colour, 0.), (glass, .1)):
+        side(s, "car", dim(c, lit), near + inward, ((Z + .2 + a, .9), (Z + length * .75 - a, .9),
+                                                    (Z + length * .6 - a, roof - a), (Z + .7 + a, roof - a)))
+    for c, a in ((dim(colour, .95), .06), (glass, .15)):
+        top, wide = roof + .06 - a, half - a
+        front(s, "car", c, Z + .3, ((X - wide, .9), (X + wide, .9), (X + wide - .18, top), (X - wide + .18, top)))
+    panel(s, "car", dim(colour, .9), Z, X - half, X + half, .34, .93)
+    for x in (X - half + .2, X + half - .2): panel(s, "car", lamp, Z, x - .17, x + .17, .66, .82)
+    panel(s, "car", (.85, .85, .8), Z, X - .25, X + .25, .48, .6)
+    panel(s, "car", dim(colour, .4), Z, X - half, X + half, .28, .4)
+
+# %% ../nbs/04_scenes.ipynb #2d821cbc
+def _truck(s, X, Z):
+    "A cargo box: doors where we follow it, a cab where it comes towards us."
+    colour, height, length = s.colour("truck"), s.dice.between(2.9, 3.7), s.dice.between(6, 9)
+    near, lit = box(s, "truck", colour, X, Z, (2.4, height, length), .75)
+    wheels(s, "truck", near, Z, length, .5)
+    if X < (s.left + s.right) / 2:
+        panel(s, "truck", s.colour("truck"), Z - .01, X - 1.15, X + 1.15, .5, 2.6)
+        panel(s, "truck", (.15, .18, .22), Z - .02, X - 1.05, X + 1.05, 1.5, 2.4)
+    else: panel(s, "truck", dim(colour, .6), Z - .01, X - .04, X + .04, .8, height - .1)
+    panel(s, "truck", (.2, .2, .2), Z - .02, X - 1.2, X + 1.2, .45, .75)
+
+def _bus(s, X, Z):
+    "A long box with a band of windows and a lit board."
+    colour, height, length, glass = s.colour("bus"), s.dice.between(2.8, 3.3), s.dice.between(9, 12), (.14, .17, .2)
+    (near, lit), step = box(s, "bus", colour, X, Z, (2.5, height, length), .4), (length - .3) / 6
+    for i in range(6):
+        flank(s, "bus", dim(glass, lit), near, Z + .3 + i * step, Z + .05 + (i + 1) * step, 1.3, height - .5)
+    wheels(s, "bus", near, Z, length, .5)
+    panel(s, "bus", glass, Z - .01, X - 1.1, X + 1.1, 1.3, height - .55)
+    panel(s, "bus", (.95, .7, .2), Z - .01, X - .7, X + .7, height - .42, height - .18)
+
+# %% ../nbs/04_scenes.ipynb #a78800ba
+def _train(s, X, Z):
+    "A tram: along the lane, or across the street."
+    colour, height, glass, length = s.colour("train"), s.dice.between(3.3, 3.8), (.13, .15, .18), s.dice.between(18, 28)
+    if s.dice.chance(.5):
+        end = s.dice.between(s.left, s.right)
+        a, b = (s.left - 3, max(end, 0)) if s.dice.chance(.5) else (min(end, 0), s.right + 3)
+        shadow(s, a, b, Z - .5, Z + 3, .5)
+        panel(s, "train", (.1, .1, .1), Z, a, b, .05, .45)
+        panel(s, "train", colour, Z, a, b, .35, height, 1)
+        for i in range(int((b - a) / 1.6)):
+            panel(s, "train", glass, Z, a + .3 + 1.6 * i, a + 1.5 + 1.6 * i, 1.5, height - .8)
+        return
+    near, lit = box(s, "train", colour, X, Z, (2.6, height, length), .3)
+    for i in range(9):
+        flank(s, "train", dim(glass, lit), near, Z + .4 + i * length / 9, Z + (i + .7) * length / 9, 1.5, height - .7)
+    panel(s, "train", glass, Z - .01, X - 1., X + 1., 1.6, height - .5)
+    panel(s, "train", (.95, .9, .7), Z - .01, X - .9, X + .9, .7, .9)
 
 # %% ../nbs/04_scenes.ipynb #b9e403f8
 def _things(s):
@@ -256,43 +259,34 @@ def _things(s):
     def depth(near, far): return near + (far - near) * d.between(0, 1) * d.between(.25, 1)
     def repeat(mean): return range(d.count(mean))
     lanes = (3 * s.left + s.right) / 4, (s.left + 3 * s.right) / 4
-    for _ in repeat(lay.car): add(car, d.pick(lanes + 2 * (s.left + 1.1, s.right - 1.1)), depth(5, 45))
-    for draw, p, near in ((truck, lay.truck, 8), (bus, lay.bus, 8), (train, lay.train, 10)):
+    for _ in repeat(lay.car): add(_car, d.pick(lanes + 2 * (s.left + 1.1, s.right - 1.1)), depth(5, 45))
+    for draw, p, near in ((_truck, lay.truck, 8), (_bus, lay.bus, 8), (_train, lay.train, 10)):
         if d.chance(p): add(draw, d.pick(lanes), depth(near, 30))
     for _ in repeat(lay.person):
         X, Z = pavement() if d.chance(.85) else d.between(s.left, s.right), depth(4, 28)
-        for k in range(d.pick((1, 1, 2)) + s.own(X, Z)): add(person, X + .7 * k, Z + .3 * k)
+        for k in range(d.pick((1, 1, 2))): add(_person, X + .7 * k, Z + .3 * k)
     for _ in repeat(lay.rider):
         X, name = d.between(s.left + .8, s.right - .8), d.pick(("motorcycle", "bicycle"))
-        add(two_wheels, X, depth(4.5, 22), name, d.between(.25, 1), True)
+        add(_two_wheels, X, depth(4.5, 22), name, d.between(.25, 1), True)
     for name, mean in (("motorcycle", lay.motorcycle), ("bicycle", lay.bicycle)):
-        for _ in repeat(mean): add(two_wheels, pavement(), depth(4, 16), name, d.between(.4, 1), False)
-    for draw, mean, far in ((pole, lay.pole, 40), (light, lay.light, 24), (road_sign, lay.sign, 26)):
+        for _ in repeat(mean): add(_two_wheels, pavement(), depth(4, 16), name, d.between(.4, 1), False)
+    for draw, mean, far in ((_pole, lay.pole, 40), (_light, lay.light, 24), (_sign, lay.sign, 26)):
         for _ in repeat(mean): add(draw, curb(), depth(6, far))
-    for _ in repeat(lay.trees): add(tree, d.pick((s.left - 1., s.right + 1.)), depth(8, 50), d.between(4, 8))
-    return sorted(things + _clutter(s, curb, depth), key=lambda thing: -thing[0])
-
-# %% ../nbs/04_scenes.ipynb #7536ed60
-def _clutter(s, curb, depth):
-    "What fills the camera's streets besides: a row of parked cars, bollards, planters."
-    d, more = s.dice, []
-    if s.own() and d.chance(.5):
-        X, Z, gap = d.pick((s.left + 1., s.right - 1.)), d.between(6, 16), d.between(5.6, 7.5)
-        more += [(Z + gap * k, car, X) for k in range(d.pick((2, 3, 4)))]
-    if s.own() and d.chance(.5): more.append((depth(5, 18), bollards, curb()))
-    for _ in range(d.count(1.2) if s.own() else 0): more.append((depth(6, 22), planter, curb()))
-    return more
+    for _ in repeat(lay.trees): add(_tree, d.pick((s.left - 1., s.right + 1.)), depth(8, 50), d.between(4, 8))
+    return sorted(things, key=lambda thing: -thing[0])
 
 # %% ../nbs/04_scenes.ipynb #0eb51fe8
 def draw_scene(domain, size, dice, layout_shift):
     "Lay out a street and paint its pieces from far to near."
     lay, between = _layout(domain, layout_shift), dice.between
-    tall = 1 + lay.freedom * between(-.08, .08)
-    view = View(lay.horizon + lay.freedom * between(-.04, .04), lay.focal * between(.9, 1.1), lay.eye * tall)
+    view = View(lay.horizon + between(-.04, .04), lay.focal * between(.9, 1.1), lay.eye * between(.92, 1.08))
     s = _Scene(domain, size, view, dice, lay)
     _sky_and_ground(s)
     _marks(s)
-    _shadows(s)
+    inner = s.left - 9, s.right + 9
+    for i in range(4 if dice.chance(.4) else 0): # houses on the sun's side throw shadows over the road
+        x, z = between(s.left, s.right), 2 + 9 * i
+        shadow(s, min(inner[s.sun > 0], x), max(inner[s.sun > 0], x), z, z + between(4, 9), .6)
     _skyline(s)
     _lots(s)
     for Z, draw, X, *more in _things(s): draw(s, X, Z, *more)
