@@ -18,8 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .backbones import backbone_name, build_extractor
@@ -37,20 +36,23 @@ from .views import View
 
 # %% ../nbs/64_dry_run.ipynb #3315bd41
 class LiveMemory(TorchDispatchMode):
-    "Counts the bytes of tensors that are alive: `.live` now, `.peak` at most."
+    "Counts the bytes of tensors that are alive, `.live` now and `.peak` at most, and multiplications and additions, `.flops`."
 
     def __init__(self):
         super().__init__()
-        self.known, self.live, self.peak = WeakIdKeyDictionary(), 0, 0
+        self.known, self.live, self.peak, self.flops = WeakIdKeyDictionary(), 0, 0, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        tree_map_only(torch.Tensor, self._add, out)
+        self._add(out)
+        if formula := flop_registry.get(getattr(func, "_overloadpacket", None)):
+            self.flops += formula(*args, **(kwargs or {}), out_val=out)
         return out
 
-    def _add(self, tensor):
-        storage = tensor.untyped_storage()
-        if storage not in self.known:
+    def _add(self, out):
+        if isinstance(out, (list, tuple)):
+            for part in out: self._add(part)
+        elif isinstance(out, torch.Tensor) and (storage := out.untyped_storage()) not in self.known:
             size = self.known[storage] = storage.nbytes()
             self.live += size
             self.peak = max(self.peak, self.live)
@@ -82,27 +84,38 @@ def flop_counter() -> FlopCounterMode:
     return counter
 
 
+def _as_after_a_step(step: Step):
+    "Gradients and the optimisers' states are there."
+    for optimiser in filter(None, (step.learn, step.judge)):
+        for p in (p for group in optimiser.param_groups for p in group["params"]):
+            p.grad = torch.zeros_like(p)
+        optimiser.step()
+
+
 def step_cost(make_step,  # function () -> step object, called among fake tensors
               ) -> StepCost:
     "FLOPs and peak memory of a step, without computing it."
     forget_matrices()
     with FakeTensorMode(), LiveMemory() as memory:
         step = make_step()
-        with flop_counter() as counter:
-            step(0)
+        _as_after_a_step(step)
         gc.collect()
-        memory.peak = memory.live
-        step(1)
+        memory.peak, memory.flops = memory.live, 0
+        step(0)
     forget_matrices()
-    return StepCost(counter.get_total_flops(), memory.peak)
+    return StepCost(memory.flops, memory.peak)
 
 # %% ../nbs/64_dry_run.ipynb #6cd23344
-def _plain_step(s: Settings, classes: int, size: tuple, backbone, device="cpu") -> Step:  # size: (H, W)
+def _plain_step(s: Settings, net, size: tuple, device="cpu") -> Step:  # size: (H, W)
     "A supervised step on made-up images."
     with torch.device(device):
-        net = Segmenter(build_extractor(backbone, checkpointing=s.checkpointing), classes)
         images, labels = torch.rand(s.batch_size, 3, *size), torch.zeros(s.batch_size, *size, dtype=torch.long)
     return Step(net, Supervised(net), lambda i: (Flow(net, images, labels), None), training(s))
+
+
+def _fresh_net(s: Settings, classes: int, backbone, device="cpu") -> Segmenter:
+    with torch.device(device):
+        return Segmenter(build_extractor(backbone, checkpointing=s.checkpointing), classes)
 
 
 def _seconds(step: Step, enough: float) -> float:
@@ -121,18 +134,18 @@ def arithmetic_rate(s: Settings, backbone, device: torch.device,
                     ) -> float:  # FLOP a second
     "What the device reaches on source-only steps: images grow up to the full size and batch, until a step takes too long."
     sizes = [tuple(max(64, n // shrink) for n in s.size) for shrink in (8, 4, 2)]
-    reached = None
+    net, reached = _fresh_net(s, 19, backbone, device), None
     for size, batch in dict.fromkeys([*((size, 1) for size in sizes), (tuple(s.size), s.batch_size)]):
         one = replace(s, batch_size=batch)
         try:
-            reached = one, size, _seconds(_plain_step(one, 19, size, backbone, device), enough)
+            reached = one, size, _seconds(_plain_step(one, net, size, device), enough)
         except torch.OutOfMemoryError:                           # the estimate of memory tells
             if reached is None: raise
             break
         if 4 * reached[-1] > enough:                             # the next one has four times the arithmetic
             break
     one, size, seconds = reached
-    return step_cost(lambda: _plain_step(one, 19, size, backbone)).flops / seconds
+    return step_cost(lambda: _plain_step(one, _fresh_net(s, 19, backbone), size)).flops / seconds
 
 # %% ../nbs/64_dry_run.ipynb #30d72d4b
 @dataclass(frozen=True)
@@ -156,7 +169,7 @@ class PricedLab(CountingLab):
     def forward_seconds(self, size: tuple) -> float:  # (H, W)
         "What one image takes the net, without a gradient: as much a pixel as in a training step's forward part."
         if self._a_pixel is None:
-            cost = step_cost(lambda: _plain_step(self.s, self.classes, size, self.backbone))
+            cost = step_cost(lambda: _plain_step(self.s, _fresh_net(self.s, self.classes, self.backbone), size))
             self._a_pixel = cost.flops / 3 / self.s.batch_size / math.prod(size) / self.rate
         return self._a_pixel * math.prod(size)
 

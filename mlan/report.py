@@ -14,6 +14,7 @@ import math
 import platform
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -91,7 +92,7 @@ def picture_figure(
     axes, box = fig.subplots(n_rows, n_columns, squeeze=False).ravel(), (0, width, height, 0)
     for ax in axes: ax.axis("off")
     for ax, (title, picture) in zip(axes, tiles):
-        ax.set_title(title, fontsize=10, loc="left", pad=4)
+        ax.set_title(title, fontsize=10, loc="left", pad=4, y=1)             # where y is given, nothing is measured
         heat = picture.ndim == 2
         if heat: ax.imshow(row.image.mean(-1), cmap="gray", extent=box)
         shown = ax.imshow(picture, cmap="inferno", alpha=.7 if heat else 1, interpolation="nearest", extent=box)
@@ -115,7 +116,7 @@ def _draw_term(ax, term: str, curves: dict[str, list[dict]], reference: str | No
         mean = np.convolve(np.pad(values, (n // 2, n - 1 - n // 2), mode="edge"), np.ones(n) / n, mode="valid")
         ax.plot(steps, values, color=ink, alpha=.25, lw=1)
         ax.plot(steps, mean, color=ink, lw=1.6, marker="." if len(values) < 30 else "", label=method)
-    ax.set_title(term, fontsize=10, loc="left")
+    ax.set_title(term, fontsize=10, loc="left", y=1)
     ax.tick_params(labelsize=8)
     ax.grid(alpha=.25)
     ax.spines[["top", "right"]].set_visible(False)
@@ -218,9 +219,10 @@ def _pairs(values: dict) -> str:
 
 def _versions() -> dict[str, str]:
     "What computed this."
-    installed = {d.metadata["Name"]: d.version for d in metadata.distributions()}
-    names = ("mlan", "torch", "torchvision", "numpy", "scikit-learn")
-    return {"python": platform.python_version(), **{n: installed[n] for n in names if n in installed}}
+    versions = {"python": platform.python_version()}
+    for name in ("mlan", "torch", "torchvision", "numpy", "scikit-learn"):
+        with suppress(metadata.PackageNotFoundError): versions[name] = metadata.version(name)
+    return versions
 
 # %% ../nbs/61_report.ipynb #ac468c75
 _STYLE = """

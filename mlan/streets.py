@@ -145,6 +145,7 @@ def draw_street(
 
 # %% ../nbs/05_streets.ipynb #de428056
 _SCENES, _ROOM = {}, 2 << 30  # what this process has drawn, oldest first, and how many bytes of it are kept
+_LITTLE = 400_000  # pixels: so many are drawn before another process has begun
 
 
 def _scene(ds: "Streets", i: int) -> tuple:
@@ -192,8 +193,9 @@ class Streets:
     def fingerprint(self) -> str: return hashlib.sha256(repr((self, *(a.tobytes() for a in _drawn(self, 0)))).encode()).hexdigest()[:12]
 
     def draw(self, workers: int = 1, progress: bool = False) -> None:
-        "Draw all that is not yet in memory, in several processes, as drawing is Python all the way down."
+        "Draw all that is not yet in memory, where it is much in several processes, as drawing is Python all the way down."
         todo = [scene for scene in (_scene(self, i) for i in range(self.n)) if scene not in _SCENES]
+        workers = workers if len(todo) * self.size[0] * self.size[1] > _LITTLE else 1
         made = Parallel(workers, return_as="generator")(delayed(draw_street)(*scene) for scene in todo)
         for drawn, scene in zip(tqdm(made, total=len(todo), desc="drawing", disable=not (progress and todo)), todo):
             _keep(scene, drawn)

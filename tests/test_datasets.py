@@ -286,6 +286,7 @@ def test_a_scene_is_drawn_once_and_the_oldest_makes_room(monkeypatch):
 
 def test_scenes_drawn_by_workers_are_those_drawn_alone(monkeypatch):
     monkeypatch.setattr(streets, "_SCENES", {})
+    monkeypatch.setattr(streets, "_LITTLE", 0)
     ds = Streets("camera", "val", size=(32, 32), n=4)
     ds.draw(workers=2)
     assert [scene[1] for scene in streets._SCENES] == [0, 1, 2, 3]

@@ -2,13 +2,12 @@
 
 import json
 import os
-import signal
-import subprocess
-import sys
 import time
+from functools import cache
 from pathlib import Path
 
 import pytest
+from forks import Script
 
 from mlan.co_regularized_al import MAP_WEIGHTS
 from mlan.command_line import main
@@ -48,11 +47,11 @@ def whole(tmp_path_factory) -> Path:
     return folder
 
 
-def start(folder: Path, *more: str) -> subprocess.Popen:
+def start(folder: Path, name: str) -> Script:
     "`mlan experiments` on the references, in a process of its own."
-    command = "import sys, torch; torch.set_num_threads(1); from mlan.command_line import main; sys.exit(main(sys.argv[1:]))"
+    code = "import sys, torch; torch.set_num_threads(1); from mlan.command_line import main; sys.exit(main(sys.argv[1:]))"
     flags = ["experiments", "--table", "references", "--records", str(folder / "records.jsonl"), "--folder", str(folder), "--quiet", *FLAGS]
-    return subprocess.Popen([sys.executable, "-c", command, *flags, *more], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return Script(code, *flags, told=folder / name)
 
 
 def test_records_are_those_of_adapt_and_say_which_benchmark(whole):
@@ -81,27 +80,23 @@ def test_a_budget_stops_before_a_run_that_would_not_end_in_time(whole, tmp_path)
 
 
 def test_a_run_that_is_killed_is_made_again_and_nothing_is_lost(tmp_path):
-    running = start(tmp_path)
+    running = start(tmp_path, "first")
     deadline = time.time() + 240
-    while time.time() < deadline and not list((tmp_path / "stages").glob("warm_up-*.jsonl")) and running.poll() is None:
+    while time.time() < deadline and not list((tmp_path / "stages").glob("warm_up-*.jsonl")) and running.running():
         time.sleep(0.05)
-    running.send_signal(signal.SIGKILL)
-    running.wait()
+    running.kill()
     assert len(read_records(tmp_path / "records.jsonl")) < len(TABLES["references"])
-    again = start(tmp_path)
-    said, errors = again.communicate(timeout=400)
-    assert again.returncode == 0, errors
-    assert said.strip() == f"3 of 3 experiments are in {tmp_path / 'records.jsonl'}"
+    again = start(tmp_path, "again")
+    assert again.ends() == 0, again.errors
+    assert again.output.strip() == f"3 of 3 experiments are in {tmp_path / 'records.jsonl'}"
     assert sorted(scores(tmp_path / "records.jsonl")) == ["adabn", "fda", "oracle"]
 
 
 def test_two_runners_share_the_work(tmp_path):
-    both = [start(tmp_path) for _ in range(2)]
-    for one in both:
-        errors = one.communicate(timeout=400)[1]
-        assert one.returncode == 0, errors
-    left = start(tmp_path)                      # a runner that came second leaves what the first was at
-    assert left.wait(400) == 0
+    both = [start(tmp_path, name) for name in ("one", "other")]
+    assert [one.ends() for one in both] == [0, 0], [one.errors for one in both]
+    left = start(tmp_path, "third")             # a runner that came second leaves what the first was at
+    assert left.ends() == 0, left.errors
     methods = [r["method"] for r in read_records(tmp_path / "records.jsonl")]
     assert sorted(methods) == ["adabn", "fda", "oracle"]
 
@@ -167,9 +162,12 @@ def kept() -> list:
     return [{**r, "benchmark": BENCHMARK, "file": f} for f in ("experiments", "rounding") for r in read_records(folder / f"{f}.jsonl")]
 
 
+usual_values = cache(lambda method: make_setup("", "", method).values)
+
+
 def made_by(record: dict, setup: Setup) -> bool:
     "Does a record agree with a setup in all that its method has? What it does not know was as it is in the profile."
-    usual = make_setup("", "", setup.settings.method).values
+    usual = usual_values(setup.settings.method)
     return all(json.dumps(record["settings"].get(k, usual[k])) == json.dumps(v) for k, v in setup.values.items()
                if k not in (*RUNTIME_SETTINGS, "seed", "data_seed"))
 

@@ -93,7 +93,7 @@ def test_a_dry_run_trains_nothing_and_says_what_would_be(trees, tmp_path, capsys
 
 
 def test_dry_run_counts_what_the_data_has(trees):
-    planned = dry_run(trees["synthia"], trees["cityscapes"], "cr_al", "paper", **small("cr_al"))
+    planned = dry_run(trees["synthia"], trees["cityscapes"], "cr_al", "paper", **small("cr_al", backbone="small"))
     assert [e.stage for e in planned.stages] == ["regions", "align", "scoring"] and len(planned.classes) == 16
     assert planned.stages[0].seconds > 0 and planned.stages[1].amount == "3 steps" and planned.stages[2].amount == "3 images"
     json.dumps([e.seconds for e in planned.stages])
@@ -116,7 +116,7 @@ def test_the_heaviest_step_fits_twelve_gigabytes(backbone, source_size):
 
 
 def test_checkpointing_and_mixed_precision_need_less():
-    at = dict(size=(256, 512), target_size=(256, 512), patches=(16, 32, 64))
+    at = dict(backbone="resnet50", size=(256, 512), target_size=(256, 512), patches=(16, 32, 64))
     plain, half, again = (heaviest(**at, **change) for change in ({}, {"precision": "bf16"}, {"checkpointing": True}))
     assert half.peak < .75 * plain.peak and again.peak < .9 * plain.peak
     assert half.flops == plain.flops and 1.1 < again.flops / plain.flops < 1.4
@@ -124,9 +124,9 @@ def test_checkpointing_and_mixed_precision_need_less():
 
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])  # bf16 is slow on a CPU
 def test_every_stage_of_the_gpu_profile_runs(precision, tmp_path, no_report):
-    few = dict(size=(64, 128), target_size=(64, 128), patches=(8, 16, 32), n_source=8, n_target=6, n_val=2, n_test=2, min_samples=2,
-               warmup_steps=2, steps=2, schedule_steps=2, ramp_steps=1, translation_steps=2, self_training_steps=3, weights="none",
-               device="cpu", workers=0, precision=precision, val_every=0)
+    few = dict(size=(64, 64), target_size=(64, 64), patches=(8, 16, 32), n_source=8, n_target=6, n_val=2, n_test=2, min_samples=2,
+               warmup_steps=1, steps=2, schedule_steps=2, ramp_steps=1, batch_size=2, translation_steps=1, self_training_steps=3,
+               weights="none", device="cpu", workers=0, precision=precision, val_every=0)
     record = run_mlan("streets:engine", "streets:camera", "mlan", "gpu", out=tmp_path, progress=False, **few).record
     assert record["miou"] is not None and record["settings"]["backbone"] == "resnet50" and record["profile"] == "gpu"
     assert [record["facts"][f"pseudo_labels_{r}"]["portion"] for r in range(3)] == [.2, .35, .5] and len(record["classes"]) == 19

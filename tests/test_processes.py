@@ -2,14 +2,13 @@
 import json
 import os
 import socket
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 
 from few import few
+from forks import Script
 
 from mlan.co_regularized_al import AlignmentSettings, CoRegularizedAL, map_weight
 from mlan.networks import Segmenter, SmallExtractor
@@ -39,17 +38,14 @@ def start(code, count, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    (tmp_path / "script.py").write_text(code)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count),
-                   "ACCELERATE_USE_CPU": "true"}
-    return [subprocess.Popen([sys.executable, tmp_path / "script.py"], stderr=subprocess.PIPE, text=True,
-                             env={**environment, "RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(count)]
+    team = dict(OMP_NUM_THREADS="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE=str(count), ACCELERATE_USE_CPU="true")
+    return [Script(f"import torch; torch.set_num_threads(1)\n{code}", told=tmp_path / f"told{r}", RANK=str(r), LOCAL_RANK=str(r), **team)
+            for r in range(count)]
 
 
 def finish(processes):
     for process in processes:
-        _, told = process.communicate(timeout=300)
-        assert process.returncode == 0, told[-3000:]
+        assert process.ends(300) == 0, process.errors[-3000:]
 
 
 def objective(method, net):
@@ -105,13 +101,16 @@ def test_two_processes_at_batch_2_are_one_at_batch_4(method, wide, tmp_path):
 FEW = dict(n_source=24, n_target=10, n_test=5, warmup_steps=0, steps=4, schedule_steps=4, ramp_steps=0, translation_steps=2,
            translation_batch=1, self_training_steps=2, portions=(.3, .5), val_every=2)
 RUN = """
+import mlan.run_folder
+from pathlib import Path
 from mlan.train import run_mlan
+if not {drawn}: mlan.run_folder.write_report = lambda path, *parts: Path(path).write_text("")
 run_mlan("streets:engine", "streets:camera", {method!r}, out={out!r}, progress=False, **{settings})
 """
 
 
 def test_a_whole_run_in_two_processes(tmp_path):
-    finish(start(RUN.format(method="mlan", out=str(tmp_path / "two"), settings=few("mlan", batch_size=2, **FEW)), 2, tmp_path))
+    finish(start(RUN.format(method="mlan", drawn=True, out=str(tmp_path / "two"), settings=few("mlan", batch_size=2, **FEW)), 2, tmp_path))
     record = json.loads((tmp_path / "two" / "result.json").read_text())
     assert record["processes"] == 2 and np.array(record["matrix"]).sum() > .5 * 5 * 32 * 64
     assert not list(tmp_path.glob("two/**/*.part")) and (tmp_path / "two" / "report.html").exists()
@@ -119,9 +118,9 @@ def test_a_whole_run_in_two_processes(tmp_path):
     assert [r["step"] for r in log if r["stage"] == "align"] == [2, 4]          # one writer
 
 
-def test_a_run_in_two_processes_is_the_run_in_one_of_twice_the_batch(tmp_path):
+def test_a_run_in_two_processes_is_the_run_in_one_of_twice_the_batch(tmp_path, no_report):
     settings = few("cr_al", batch_size=2, **{**FEW, "n_test": 6})
-    finish(start(RUN.format(method="cr_al", out=str(tmp_path / "two"), settings=settings), 2, tmp_path))
+    finish(start(RUN.format(method="cr_al", drawn=False, out=str(tmp_path / "two"), settings=settings), 2, tmp_path))
     two = json.loads((tmp_path / "two" / "result.json").read_text())
     twice = {**settings, "batch_size": 4}
     one = run_mlan("streets:engine", "streets:camera", "cr_al", out=tmp_path / "one", progress=False, **twice).record

@@ -1,12 +1,10 @@
 """What is shown is what the records say."""
 import json
-import os
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from forks import Script
 
 from mlan.loop import TrainingError
 from mlan.study.evidence import (
@@ -184,15 +182,14 @@ def test_clear_is_what_is_clear_among_all_that_is_asked():
     assert "not clearly apart from FDA" in more["x"]
 
 
-def test_the_final_notebook_runs_a_row_again_in_little_time():
+def test_the_final_notebook_runs_a_row_again_in_little_time(tmp_path):
     "Its last cells in a process of their own, with MLAN_RERUN unset."
     cells = json.loads((ROOT / "nbs" / "99_results.ipynb").read_text())["cells"]
     code = ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
     needed = [c for c in code if c.startswith(("#| hide\nimport os", "from mlan.study", "wanted, records", "smoke ="))]
     assert len(needed) == 4
-    done = subprocess.run([sys.executable, "-c", "\n".join(needed)], cwd=ROOT / "nbs", capture_output=True, text=True, timeout=300,
-                          env={k: v for k, v in os.environ.items() if k != "MLAN_RERUN"})
-    assert done.returncode == 0 and "was run again" in done.stdout, done.stderr
+    beside = Script("\n".join(["import os; os.environ.pop('MLAN_RERUN', None)", *needed]), told=tmp_path / "told", folder=ROOT / "nbs")
+    assert beside.ends(300) == 0 and "was run again" in beside.output, beside.errors
 
 
 def test_the_final_notebook_is_committed_with_its_outputs():

@@ -1,14 +1,12 @@
 """Stopped at any moment, by a kill, a torn file, NaN or a second run beside it, a run ends as the undisturbed one, to the last bit."""
 import json
-import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
 import torch
 from few import PAIR, few
+from forks import Script
 
 from mlan.files import is_whole
 from mlan.lab import Lab
@@ -35,12 +33,12 @@ def alike(a, b):
     return set(a) == set(b) and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def script(method, out, stages=None, **changes):
+def start(method, out, stages=None, **changes) -> Script:
     "A run in a process of its own, which says when it begins."
     settings = few(method, **changes)
-    return [sys.executable, "-c", f"import torch; torch.set_num_threads({torch.get_num_threads()}); from mlan.train import run_mlan; "
-            f"print('go', flush=True); run_mlan(*{PAIR}, {method!r}, out={str(out)!r}, stages={stages and str(stages)!r}, progress=False, "
-            f"**{settings})"]
+    code = (f"import torch; torch.set_num_threads({torch.get_num_threads()}); from mlan.train import run_mlan; print('go', flush=True); "
+            f"run_mlan(*{PAIR}, {method!r}, out={str(out)!r}, stages={stages and str(stages)!r}, progress=False, **{settings})")
+    return Script(code, told=out.with_suffix(".told"))
 
 
 @pytest.mark.parametrize("method, kills", [("mlan", 2), pytest.param("mlan", 20, marks=pytest.mark.slow),
@@ -50,15 +48,15 @@ def test_a_run_killed_at_random_times_ends_as_the_undisturbed_one(method, kills,
     began = time.time()
     whole = run_mlan(*PAIR, method, out=tmp_path / "whole", progress=False, **few(method, **longer))
     usual, done, random = time.time() - began, [], np.random.default_rng()
-    again = script(method, tmp_path / "killed", **longer)
     for _ in range(kills):
-        process = subprocess.Popen(again, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-        process.stdout.readline()                                 # imports are done, the run begins
+        process = start(method, tmp_path / "killed", **longer)
+        while not process.output:                                 # the run begins
+            time.sleep(.01)
         time.sleep(random.uniform(0, 1.5 * usual / kills))       # each kill leaves a little more behind, on average
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.kill()
         done.append(len([p for p in (tmp_path / "killed").rglob("*") if p.suffix in (".pt", ".npz")]))
-    subprocess.run(again, check=True, stdout=subprocess.DEVNULL)
+    last = start(method, tmp_path / "killed", **longer)
+    assert last.ends() == 0, last.errors
     record = json.loads((tmp_path / "killed" / "result.json").read_text())
     assert record["matrix"] == whole.record["matrix"], done
     assert alike(*(torch.load(tmp_path / k / "checkpoint.pt", weights_only=True)["segmenter"] for k in ("killed", "whole"))), done
@@ -208,8 +206,8 @@ def test_weights_that_break_after_a_finite_loss_are_not_kept(tmp_path, monkeypat
 
 def test_two_processes_share_a_stage_that_neither_has_made(tmp_path):
     methods = ("rl_al", "il_al")
-    both = [subprocess.Popen(script(m, tmp_path / m, tmp_path / "stages"), stdout=subprocess.DEVNULL) for m in methods]
-    assert [p.wait() for p in both] == [0, 0]
+    both = [start(m, tmp_path / m, tmp_path / "stages") for m in methods]
+    assert [p.ends() for p in both] == [0, 0]
     log, = (tmp_path / "stages").glob("warm_up-*.jsonl")
     assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [2, 4, 6]
     _, alone = walked("il_al", tmp_path / "alone")

@@ -77,7 +77,7 @@ def test_two_methods_in_one_folder_of_stages_end_as_each_alone(tmp_path, no_repo
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere the peak is that of the process")
-def test_peak_memory_is_a_runs_own_and_not_that_of_the_process(stages, tmp_path):
+def test_peak_memory_is_a_runs_own_and_not_that_of_the_process(stages, tmp_path, no_report):
     large = np.ones(10 ** 8)                                         # 800 MB that are gone before the run begins
     assert large.sum() > 0
     del large
@@ -205,7 +205,7 @@ def test_unlabelled_source_is_refused(tmp_path):
         run_mlan("streets:engine", f"folder:{root}", "oracle", out=tmp_path / "run", progress=False, **few("oracle"))
 
 
-def test_data_that_changed_after_a_run_is_not_answered_with_the_old_result(tmp_path):
+def test_data_that_changed_after_a_run_is_not_answered_with_the_old_result(tmp_path, no_report):
     root = _folder(tmp_path / "set")
     args = dict(out=tmp_path / "run", progress=False, **few("source_only", warmup_steps=1, steps=1, schedule_steps=1))
     first = run_mlan(f"folder:{root}", "streets:camera", "source_only", **args)
@@ -215,7 +215,7 @@ def test_data_that_changed_after_a_run_is_not_answered_with_the_old_result(tmp_p
         run_mlan(f"folder:{root}", "streets:camera", "source_only", **args)
 
 
-def test_report_on_runs_of_different_pairs_is_refused(stages, tmp_path):
+def test_report_on_runs_of_different_pairs_is_refused(stages, tmp_path, no_report):
     a = run("source_only", tmp_path / "a", stages)
     b = run_mlan("streets:cartoon", "streets:camera", "source_only", out=tmp_path / "b", progress=False, **few("source_only"))
     assert len(b.record["classes"]) == 16 and "miou_13" in b.record
@@ -225,7 +225,7 @@ def test_report_on_runs_of_different_pairs_is_refused(stages, tmp_path):
         report_runs([a.out, a.out], tmp_path / "r.html")
 
 
-def test_checkpoints_that_are_torn_or_foreign_are_refused(stages, tmp_path):
+def test_checkpoints_that_are_torn_or_foreign_are_refused(stages, tmp_path, no_report):
     result = run("source_only", tmp_path / "a", stages)
     torn = tmp_path / "torn.pt"
     torn.write_bytes((result.out / "checkpoint.pt").read_bytes()[:5000])
@@ -237,7 +237,7 @@ def test_checkpoints_that_are_torn_or_foreign_are_refused(stages, tmp_path):
 
 @pytest.mark.data
 @pytest.mark.parametrize("source, n_classes", [("airsim_nh", 7), ("streets:engine", 11)])
-def test_real_photographs(source, n_classes, mlan_data, tmp_path):
+def test_real_photographs(source, n_classes, mlan_data, tmp_path, no_report):
     settings = few("cr_al", size=(48, 64), target_size=(48, 64), n_source=60)
     result = run_mlan(source, "camvid", "cr_al", out=tmp_path / "run", progress=False, **settings)
     assert len(result.record["classes"]) == n_classes
