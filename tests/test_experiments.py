@@ -47,11 +47,11 @@ def whole(tmp_path_factory) -> Path:
     return folder
 
 
-def start(folder: Path, name: str) -> Script:
+def start(folder: Path, name: str, *more: str) -> Script:
     "`mlan experiments` on the references, in a process of its own."
     code = "import sys, torch; torch.set_num_threads(1); from mlan.command_line import main; sys.exit(main(sys.argv[1:]))"
     flags = ["experiments", "--table", "references", "--records", str(folder / "records.jsonl"), "--folder", str(folder), "--quiet", *FLAGS]
-    return Script(code, *flags, told=folder / name)
+    return Script(code, *flags, *more, told=folder / name)
 
 
 def test_records_are_those_of_adapt_and_say_which_benchmark(whole):
@@ -92,32 +92,18 @@ def test_a_run_that_is_killed_is_made_again_and_nothing_is_lost(tmp_path):
     assert sorted(scores(tmp_path / "records.jsonl")) == ["adabn", "fda", "oracle"]
 
 
-def test_two_runners_share_the_work(tmp_path):
-    both = [start(tmp_path, name) for name in ("one", "other")]
-    assert [one.ends() for one in both] == [0, 0], [one.errors for one in both]
-    left = start(tmp_path, "third")             # a runner that came second leaves what the first was at
-    assert left.ends() == 0, left.errors
-    methods = [r["method"] for r in read_records(tmp_path / "records.jsonl")]
-    assert sorted(methods) == ["adabn", "fda", "oracle"]
-
-
-def test_several_jobs_share_the_work_and_one_is_killed(tmp_path):
+def test_several_jobs_share_the_work_and_are_killed(tmp_path):
     "What was under way when all were killed is lost and no more; the file has whole lines, and the next call fills it."
-    one = start(tmp_path, "--jobs", "2")
-    file = tmp_path / "records.jsonl"
-    until = time.time() + 300
-    while not read_records(file) and one.poll() is None and time.time() < until:
-        time.sleep(0.1)
-    children = Path(f"/proc/{one.pid}/task/{one.pid}/children")
-    team = [int(pid) for pid in children.read_text().split()] if children.exists() else []
-    for pid in (one.pid, *team):
-        os.kill(pid, signal.SIGKILL)
-    one.communicate()
+    file, running = tmp_path / "records.jsonl", start(tmp_path, "first", "--jobs", "2")
+    deadline = time.time() + 300
+    while time.time() < deadline and not read_records(file) and running.running():
+        time.sleep(0.05)
+    running.kill()
     kept = read_records(file)
     assert 1 <= len(kept) <= 3
-    assert start(tmp_path, "--jobs", "2").wait(400) == 0
-    after = read_records(file)
-    assert after[: len(kept)] == kept and sorted(r["method"] for r in after) == ["adabn", "fda", "oracle"]
+    again = start(tmp_path, "again", "--jobs", "2")
+    assert again.ends() == 0, again.errors
+    assert read_records(file)[: len(kept)] == kept and sorted(r["method"] for r in read_records(file)) == ["adabn", "fda", "oracle"]
 
 
 def test_a_runner_whose_parent_is_gone_begins_nothing(tmp_path, monkeypatch):
