@@ -199,5 +199,4 @@ class Streets:
         made = Parallel(workers, return_as="generator")(delayed(draw_street)(*scene) for scene in todo)
         for drawn, scene in zip(tqdm(made, total=len(todo), desc="drawing", disable=not (progress and todo)), todo):
             _keep(scene, drawn)
-        if workers > 1 and todo:
-            get_reusable_executor().shutdown(wait=True)  # idle workers would hold up the exit of a forked parent for minutes
+        if workers > 1: get_reusable_executor().shutdown(wait=True)  # idle workers would hold up the exit of a forked parent for minutes
