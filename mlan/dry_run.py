@@ -83,7 +83,7 @@ def flop_counter() -> FlopCounterMode:
     counter.mod_tracker = _NoModules()
     return counter
 
-# %% ../nbs/54_dry_run.ipynb #9d987843
+# %% ../nbs/64_dry_run.ipynb #9d987843
 def _as_after_a_step(step: Step):
     "Gradients and the optimisers' states are there."
     for optimiser in filter(None, (step.learn, step.judge)):

@@ -9,7 +9,7 @@ __all__ = ['QUICK', 'GPU', 'label_regions', 'MultiLevelAL', 'aligning', 'going_o
 
 # %% ../nbs/41_multi_level.ipynb #e507617c
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Annotated, ClassVar, Literal
 
@@ -214,7 +214,8 @@ def _views(method, lab, regions, source):
     if regions:
         made = regions["vocabularies"], regions["colors"], part_of(RegionSettings, method)
         source = source.beside(regions=regions["labels"]).remade("regions", _labeller, *made)
-    return source, lab.target if method.needs_target else None
+    target = replace(lab.truth, learnt=False) if method.map_weights == "error" else lab.target
+    return source, target if method.needs_target else None
 
 
 def _aligned(method, lab, regions, start, stage, source) -> Trained:

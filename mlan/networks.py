@@ -90,18 +90,21 @@ class DomainClassifier(nn.Module):
 
     def __init__(self, channels: int,  # of the features
                  width: int = 64,  # channels are width x (1, 2, 4, 8), then 1; the paper's width is 64
-                 pooling: str = "resize"):  # R7: "resize" (features to 96 x 96) or "adaptive" (average pooling at the end)
+                 pooling: str = "resize"):  # R7: "resize" (features to 96 x 96), "adaptive" (average pooling at the end), or "local"
         super().__init__()
-        if pooling not in ("resize", "adaptive"):
-            raise ValueError(f"pooling must be 'resize' or 'adaptive', not {pooling!r}")
-        sizes, self.pooling = [channels, width, 2 * width, 4 * width, 8 * width, 1], pooling
+        if pooling not in ("resize", "adaptive", "local"):
+            raise ValueError(f"pooling must be 'resize', 'adaptive' or 'local', not {pooling!r}")
+        local, self.pooling = pooling == "local", pooling
+        sizes = [channels, width, 2 * width, *(() if local else (4 * width, 8 * width)), 1]
         layers = []
         for a, b in zip(sizes, sizes[1:]):
-            layers += [nn.Conv2d(a, b, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
+            layers += [nn.Conv2d(a, b, 1) if local else nn.Conv2d(a, b, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
         self.layers = nn.Sequential(*layers[:-1])
 
-    def forward(self, features: Tensor) -> Tensor:  # (B, channels, h, w) -> logits (B, 1, 3, 3)
+    def forward(self, features: Tensor) -> Tensor:  # (B, channels, h, w) -> logits (B, 1, 3, 3), or (B, 1, h, w) of a local one
         h, w = features.shape[-2:]
+        if self.pooling == "local":
+            return self.layers(features)
         if self.pooling == "adaptive":
             return F.adaptive_avg_pool2d(self.layers(resize(features, [max(96, h), max(96, w)])), (3, 3))
         rows, columns = (_resize_rows(n, features.device) for n in (h, w))

@@ -76,10 +76,11 @@ class _Drawn:
     print: str  # says what the samples are
     stream: int = 0  # which of a seed's streams draws it
     changes: tuple = ()  # ((what, Kept, ...), ...) in their order
+    learnt: bool = True  # are its labels learnt from, where it has some? Then its colours may change
 
     @property
     def key(self) -> list:
-        return [self.print, self.stream, key_of(self.changes)]
+        return [self.print, self.stream, key_of(self.changes), self.learnt]
 
     @cached_property
     def resolved(self) -> tuple:  # positions of the samples; {what: (value, positions, ...)}
@@ -97,8 +98,8 @@ class _Drawn:
 
     @property
     def has_labels(self) -> bool:
-        "Its own, or others that were given to it."
-        return self.samples.labelled or "labels" in self.resolved[1]
+        "Its own, or others that were given to it, to learn from."
+        return self.learnt and (self.samples.labelled or "labels" in self.resolved[1])
 
     def __len__(self) -> int:
         return len(self.resolved[0])

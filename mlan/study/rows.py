@@ -106,7 +106,9 @@ TABLES = {
     "2": tuple(map(Row, ("cr_al", "mlan", "cr_al+it", "cr_al+rit", "cr_al+st", "cr_al+rst"))),
     "references": tuple(map(Row, ("oracle", "adabn", "fda"))),
     "controls": (*map(Row, ("rl_al_and_il_al", "il_al_and_rll", "cr_al+continued", "cr_al+fda")),
-                 *(Row("cr_al", set=(("map_weights", w),)) for w in MAP_WEIGHTS)),
+                 *(Row("cr_al", set=(("map_weights", w),)) for w in MAP_WEIGHTS if w != "error")),
+    "maps": tuple(Row(m, set=(*own, *critic)) for critic in ((), (("pooling", "local"),)) for m, own in (  # can they matter?
+        ("cr_al", ()), ("cr_al", (("map_weights", "shuffled"),)), ("cr_al", (("map_weights", "error"),)), ("rl_al_and_il_al", ()))),
     "figure5": _figure("lambda_ent"),
     "figure6": _figure("lambda_image"),
     "conditions": (  # one at a time

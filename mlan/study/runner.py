@@ -26,6 +26,7 @@ from ..loop import TrainingError
 from ..methods import METHODS, Setup, make_setup
 from ..pairs import open_datasets, open_pair
 from .examination import PORTIONS, diagnose
+from .map_gradients import map_gradients
 from .records import append_record, experiment_key, experiment_title, read_records, run_values
 from .rows import BENCHMARK
 from ..train import adapt, device_name, environment
@@ -81,7 +82,7 @@ def _looked_into(setup, stages, record) -> dict:
     lab = Lab(setup.settings, open_pair(setup.settings, stages=stages), stages)
     setup.recipe(lab)                                        # its stages are all there
     try:
-        inside = {"diagnosis": diagnose(lab, (*PORTIONS, *setup.recipe.portions))}
+        inside = {"diagnosis": {**diagnose(lab, (*PORTIONS, *setup.recipe.portions)), "gradients": map_gradients(lab)}}
     except ValueError as error:                              # a map that is zero everywhere: the score stands
         inside = {"diagnosis_failed": str(error)}
     return {**record, **inside, "cost": {**record["cost"], "diagnosis": round(time.time() - began, 1)}}
