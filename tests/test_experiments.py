@@ -93,7 +93,7 @@ def test_a_run_that_is_killed_is_made_again_and_nothing_is_lost(tmp_path):
 
 
 def test_several_jobs_share_the_work_and_are_killed(whole, tmp_path):
-    "What was under way when all were killed is lost and no more; the file has whole lines, and the next call fills it, as one runner would."
+    "What was under way when all were killed is lost and no more; the file has whole lines, and the next call fills it as one does."
     file, running = tmp_path / "records.jsonl", start(tmp_path, "first", "--jobs", "2")
     deadline = time.time() + 300
     while time.time() < deadline and not read_records(file) and running.running():
