@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .augmentation import chance_of, photometric
+from .augmentation import tinted
 from .fields import Checked, NotNegative, Share, Within, part_of
 from .lab import Lab, Trained, warm_up
 from .networks import Segmenter, resize, segmentation_loss
@@ -59,14 +59,10 @@ def class_mask(labels: Tensor,  # int64 (B, H, W), 255 = ignored
 
 # %% ../nbs/44_class_mix.ipynb #4a9c104c
 def strongly_augmented(images: Tensor,  # (B, 3, H, W) in [0, 1]
-                       key: tuple,  # of whole numbers: what chance is a function of, with the place in the batch
+                       chance: np.random.Generator,
                        strength: float = 0.25) -> Tensor:
     "Colour jitter and blur, drawn for each image."
-    change, made = photometric((strength,) * 4, 0.8, 0.5), []
-    for place, image in enumerate(images):
-        with chance_of(*key, place):
-            made.append(change(image))
-    return torch.stack(made)
+    return torch.stack([tinted(image, chance, (strength,) * 4, 0.8, 0.5) for image in images])
 
 # %% ../nbs/44_class_mix.ipynb #f0b49cb0
 @dataclass(frozen=True)
@@ -103,12 +99,11 @@ class ClassMix(Objective):
     @torch.no_grad()
     def mixed(self, source: Flow, target: Flow, at: At) -> tuple:  # images, labels, weights (B, H, W), share of sure pixels
         "The mixture of a source and a target batch."
-        key = self.seed, at.step, processes().process_index
-        generator = np.random.default_rng(key)
+        generator = np.random.default_rng([self.seed, at.step, processes().process_index])
         own, true = _at_size(source.images, source.labels, target.size)
         confidence, labels = resize(self.teacher(source.net, target.images).float(), target.size).softmax(1).max(1)
         sure, pasted = (confidence >= self.settings.sure).float().mean(), class_mask(true, generator)
-        images = strongly_augmented(torch.where(pasted[:, None], own, target.images), key, self.settings.mix_jitter)
+        images = strongly_augmented(torch.where(pasted[:, None], own, target.images), generator, self.settings.mix_jitter)
         return images, torch.where(pasted, true, labels), torch.where(pasted, 1.0, sure), sure
 
     def after(self, net: Segmenter, at: At):
