@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from mlan.study.comparison import Table, ablation_figure
-from mlan.study.evidence import ablation, condition_table, coverage_table, pairs_table, pretrained_table, search_table
+from mlan.study.evidence import ablation, augmentation_table, condition_table, coverage_table, pairs_table, pretrained_table, search_table
 from mlan.study.paper_tables import PAPER_MIOU, STEPS
 from mlan.study.records import read_records, row_records, row_scores
 from mlan.study.rows import CONTROL_STEPS, PAIRS, Row
@@ -37,7 +37,8 @@ def tables() -> str:
     "The main table, and what the records say."
     runs = records()
     main, first = ablation(runs, "streets", MAIN, STEPS).methods, row_records(runs, Row("source_only"))
-    return "\n\n".join([f"**{PAIRS['streets'].source} to {PAIRS['streets'].target}**, {about(first)}:", main.markdown(),
+    return "\n\n".join(["**With and without augmentation**, mIoU on test, on the runs that both have:", augmentation_table(runs).markdown(),
+                        f"**{PAIRS['streets'].source} to {PAIRS['streets'].target}**, no augmentation, {about(first)}:", main.markdown(),
                         CLEARLY, findings(runs)])
 
 
