@@ -101,7 +101,7 @@ QUICK = dict(size=(64, 128), target_size=(64, 128), backbone="small", weights="n
              log_every=20, val_every=250, checkpoint_every=100)
 GPU = dict(QUICK, size=(256, 512), target_size=(256, 512), backbone="resnet50", weights="imagenet", warmup_steps=2000, warmup_lr=1e-4,
            steps=4000, schedule_steps=4000, batch_size=4, lr=1e-4, head_lr=10.0, critic_lr=1e-3, ramp_steps=500, precision="bf16",
-           jitter=1.0, blur=0.3, flip=0.5, crop=0.6, workers=8, log_every=50, val_every=1000, checkpoint_every=250)
+           jitter=1.0, blur=0.3, flip=0.5, crop=0.7, workers=8, log_every=50, val_every=1000, checkpoint_every=250)
 PROFILES = {"quick": QUICK, "gpu": GPU, "paper": {"workers": 4}}
 PAPER_SYNTHIA = {"size": (760, 1280)}  # its frames' own size, as in [26, 30]
 
