@@ -284,19 +284,17 @@ def test_a_lab_that_counts_gives_the_keys_of_one_that_trains(tmp_path, monkeypat
     assert {planned.stage: planned.kept.key for planned in lab.planned} == keys("cr_al+st", tmp_path)
 
 
-CALLS = []
-
-
-def slowly(bench) -> dict:
-    CALLS.append(1)
+def slowly(bench, told: str) -> dict:
+    with open(told, "a") as file:
+        file.write("made\n")
     time.sleep(1)
-    return {"made": len(CALLS)}
+    return {"made": True}
 
 
 def test_of_two_that_want_a_stage_at_once_one_makes_it(tmp_path):
     "The other waits, and finds it made; without the lock both would make it."
-    settings = make_setup(*PAIR, "source_only", **few("source_only")).settings
+    settings, told = make_setup(*PAIR, "source_only", **few("source_only")).settings, tmp_path / "told"
     labs = [Lab(settings, data_with(), tmp_path) for _ in range(2)]
     with ThreadPoolExecutor(2) as team:
-        kept = [*team.map(lambda lab: lab.keep("slow", slowly), labs)]
-    assert CALLS == [1] and kept[0].key == kept[1].key and kept[1].value == {"made": 1}
+        kept = [*team.map(lambda lab: lab.keep("slow", slowly, str(told)), labs)]
+    assert told.read_text() == "made\n" and kept[0].key == kept[1].key and kept[1].value == {"made": True}
