@@ -214,8 +214,9 @@ def _views(method, lab, regions, source):
     if regions:
         made = regions["vocabularies"], regions["colors"], part_of(RegionSettings, method)
         source = source.beside(regions=regions["labels"]).remade("regions", _labeller, *made)
-    target = replace(lab.truth, learnt=False) if method.map_weights == "error" else lab.target
-    return source, target if method.needs_target else None
+    if not method.needs_target:
+        return source, None
+    return source, replace(lab.truth, learnt=False) if method.map_weights == "error" else lab.target
 
 
 def _aligned(method, lab, regions, start, stage, source) -> Trained:
