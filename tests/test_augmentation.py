@@ -112,7 +112,7 @@ def test_every_stage_but_the_translation_has_it(method):
         assert planned.how.augment == (Augmentation() if planned.stage == "translation_pair" else Augmentation(**ALL)), planned.stage
 
 
-@pytest.mark.parametrize("method", ["mlan", "dacs"])
+@pytest.mark.parametrize("method", ["cr_al+st", "dacs"])
 def test_a_run_that_goes_on_sees_what_it_would_have_seen(method, lab, tmp_path, monkeypatch):
     setup = make_setup(*PAIR, method, **few(method, **ALL))
     ends, rows = [], []
@@ -121,7 +121,7 @@ def test_a_run_that_goes_on_sees_what_it_would_have_seen(method, lab, tmp_path, 
     def stops(path, row):
         append(path, row)
         rows.append(row)
-        if len(rows) in (2, 5, 8):
+        if len(rows) in (2, 5):
             raise KeyboardInterrupt
 
     for name in ("whole", "stopped"):
@@ -132,14 +132,14 @@ def test_a_run_that_goes_on_sees_what_it_would_have_seen(method, lab, tmp_path, 
                 break
             except KeyboardInterrupt:
                 pass
-    assert len(rows) > 8
+    assert len(rows) > 5
     assert all(torch.equal(a, b) for a, b in zip(*(end["net"].values() for end in ends)))
 
 
 def test_augmented_runs_end_elsewhere(lab, tmp_path):
     "Each of the four settings reaches the training."
     def end(**how):
-        setup = make_setup(*PAIR, "source_only", **few("source_only", **how))
+        setup = make_setup(*PAIR, "source_only", **few("source_only", warmup_steps=1, steps=1, schedule_steps=1, val_every=0, **how))
         net = setup.recipe(Lab(setup.settings, lab.data, tmp_path)).value["net"]
         return float(sum(v.double().sum() for v in net.values()))
 
