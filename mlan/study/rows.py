@@ -103,6 +103,7 @@ PRETRAINED = (("backbone", "vgg16"), ("weights", "imagenet"), ("warmup_steps", 2
 
 AUGMENTED = (("jitter", 1.0), ("blur", 0.3), ("flip", 0.5), ("crop", 0.7))
 
+# %% ../../nbs/74_rows.ipynb #e1b2eb0b
 TABLES = {
     "1": tuple(map(Row, ("source_only", "cr_al", "rll", "rl_al", "regularized_rl_al", "il_al", "regularized_il_al"))),
     "2": tuple(map(Row, ("cr_al", "mlan", "cr_al+it", "cr_al+rit", "cr_al+st", "cr_al+rst"))),
