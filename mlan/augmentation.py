@@ -54,12 +54,15 @@ def augmented(images: Tensor,  # uint8 (B, 3, H, W)
               colours: bool = True,  # jitter and blur, too
               ) -> tuple:  # images, labels
     "A batch as one step sees it."
+    tints = colours and how.tints
+    if not (how.bends or tints):
+        return images, labels
     bounds, made = how.jitter * np.array((0.4, 0.4, 0.5, 0.1)), []
     for image, mask, key in zip(images, labels, keys):
         chance = np.random.default_rng(key)
         if how.bends:
             image, mask = bent(image, mask, chance, how.flip, how.crop)
-        if colours and how.tints:
+        if tints:
             image = tinted(image, chance, bounds, how.jitter > 0, how.blur)
         made.append((image, mask))
     return tuple(map(torch.stack, zip(*made)))

@@ -242,8 +242,8 @@ class Draws:
         weights = carried.get("weights")
         whole = Stream(len(at), size, seed) if weights is None else WeightedStream(np.asarray(weights[0])[weights[1]], size, seed)
         self.share = Share(whole, team.process_index, team.num_processes)
-        placed = _Placed(self.share, at, len(view.samples))
-        self.load = Loader(view.samples, placed, workers, device.type == "cuda", _Finish(view, how, self.share, seed))
+        placed, little = _Placed(self.share, at, len(view.samples)), view.samples.in_memory and not (how.augment.bends or how.augment.tints)
+        self.load = Loader(view.samples, placed, 0 if little else workers, device.type == "cuda", _Finish(view, how, self.share, seed))
 
     def __call__(self, i: int) -> tuple:  # images (B, 3, H, W) in [0, 1], labels int64 (B, H, W), {name: what stands beside}
         _, images, labels, beside = self.load(self.how.first + i)

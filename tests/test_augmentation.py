@@ -8,6 +8,7 @@ import torch
 from few import PAIR, few
 
 from mlan import loop
+from mlan.augmentation import augmented
 from mlan.counting import CountingLab
 from mlan.lab import Lab, training
 from mlan.methods import make_setup
@@ -145,3 +146,14 @@ def test_augmented_runs_end_elsewhere(lab, tmp_path):
 
 
     assert len({end(), *(end(**{name: value}) for name, value in ALL.items())}) == 5
+
+
+def test_nothing_to_change_costs_nothing(lab):
+    "A batch is handed on as it is; and where all lies in memory nobody is started to read it."
+    images, labels = torch.zeros(2, 3, 32, 64, dtype=torch.uint8), torch.zeros(2, 32, 64, dtype=torch.uint8)
+    for how, colours in ((Augmentation(), True), (Augmentation(jitter=1.0, blur=1.0), False)):
+        same = augmented(images, labels, how, [(0,), (1,)], colours)
+        assert same[0] is images and same[1] is labels
+    lab.source.load()
+    plain = replace(training(lab.s), augment=Augmentation())
+    assert [Draws(lab.source, how, CPU, workers=2).load._loader.num_workers for how in (plain, training(lab.s))] == [0, 2]

@@ -6,17 +6,17 @@
 __all__ = ['VARIANTS', 'weighted_terms', 'gradients_at_e', 'cosines', 'map_gradients']
 
 # %% ../../nbs/73_map_gradients.ipynb #0919764e
+from copy import copy
+from dataclasses import replace
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..co_regularized_al import (
-    CoRegularizedAL, error_map, image_consistency_map, region_consistency_map, regularized_entropy, regularized_image)
-from ..image_al import image_alignment_map
+from ..co_regularized_al import CoRegularizedAL
 from ..lab import Lab
 from ..networks import Segmenter
 from ..objective import Flow
-from ..region_al import region_entropy_map, region_logits
 from ..samples import Samples
 from .examination import trained_alignment
 from ..views import View
@@ -25,18 +25,11 @@ from ..views import View
 VARIANTS = ("plain", "normalised", "shuffled", "error")
 
 
-def weighted_terms(alignment: CoRegularizedAL, target: Flow) -> dict:  # {"entropy", "image": {variant: scalar}}
-    "Equations 8 and 9 with no map, the map, the map shuffled, and the true error as the map."
-    logits = region_logits(alignment.region_classifiers, target.features, alignment.grids(target), reverse=True)
-    entropy, answer = [region_entropy_map(level, 0.0) for level in logits], alignment.domain_classifier(target.features).float()
-    error, of_image = error_map(target, alignment.grids(target)[0]), region_consistency_map(entropy)
-    of_entropy, loss_map = image_consistency_map(answer), image_alignment_map(answer)
-    terms = {"entropy": {}, "image": {}}
-    for variant in VARIANTS:
-        maps = {"plain": (None, None), "error": (error, error)}.get(variant, (of_entropy, of_image))
-        terms["entropy"][variant] = regularized_entropy(entropy, maps[0], variant)
-        terms["image"][variant] = regularized_image(loss_map, maps[1], variant)
-    return terms
+def weighted_terms(alignment: CoRegularizedAL, target: Flow, variant: str) -> dict:  # {"entropy", "image": scalar}
+    "E's terms of the target's side as training has them, with another weight."
+    other, games = copy(alignment), dict.fromkeys(("entropy", "image"), "plain" if variant == "plain" else "regularized")
+    other.settings = replace(alignment.settings, **games, **({} if variant == "plain" else {"map_weights": variant}))
+    return other.target_losses(target, 0.0)[0]
 
 
 def gradients_at_e(net: Segmenter, alignment: CoRegularizedAL, target: Flow) -> dict:  # {term: {variant: (n,)}}
@@ -47,8 +40,8 @@ def gradients_at_e(net: Segmenter, alignment: CoRegularizedAL, target: Flow) -> 
         parts = torch.autograd.grad(term, parameters, retain_graph=True, allow_unused=True)
         return torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for p, g in zip(parameters, parts)])
 
-    return {term: {variant: gradient(value) for variant, value in values.items()}
-            for term, values in weighted_terms(alignment, target).items()}
+    made = {v: {term: gradient(value) for term, value in weighted_terms(alignment, target, v).items()} for v in VARIANTS}
+    return {term: {v: made[v][term] for v in VARIANTS} for term in ("entropy", "image")}
 
 # %% ../../nbs/73_map_gradients.ipynb #24e89973
 def _cosine(a: Tensor, b: Tensor) -> float:
